@@ -1,0 +1,45 @@
+"""`Packed`: documents laid end to end in one row (THD), with their boundaries as data.
+
+two documents, a b c and d e, packed with multiple_of=4
+
+tokens             a    b    c    0  |  d    e    0    0
+labels             b    c  -100 -100 |  e  -100 -100 -100      the next token of the same document
+weights            1    1    0    0  |  1    0    0    0      how much predicting the label counts
+positions          0    1    2    0  |  0    1    0    0
+cu_seqlens         0 3 5         where each document would start without padding
+cu_seqlens_padded  0 4 8         where it starts in this row
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fstep.batch.batch import cut
+from fstep.tree import pytree, static
+
+IGNORE = -100  # the label of a place that predicts nothing, by the convention of torch's cross_entropy
+
+
+@pytree
+class Packed:
+    """A row of T tokens holding D documents; what a model and a loss see. Made by `pack_thd`.
+
+    ``tokens, labels, positions`` are int64 [T], ``weights`` floating [T], ``cu_seqlens, cu_seqlens_padded`` int32 [D+1].
+    ``targets`` are aligned with ``labels`` (place t holds the value about predicting token t+1), ``inputs`` with
+    ``tokens``. ``max_seqlen`` is the longest document with its padding.
+    """
+
+    max_seqlen: int = static()
+    tokens: Tensor = cut("token")
+    labels: Tensor = cut("token")
+    weights: Tensor = cut("token")
+    positions: Tensor = cut("token")
+    targets: dict[str, Tensor] = cut("token")
+    inputs: dict[str, Tensor] = cut("token")
+    cu_seqlens: Tensor = cut("none")
+    cu_seqlens_padded: Tensor = cut("none")
+    index: Tensor = cut("document")
+    per_document: dict[str, Tensor] = cut("document")
+    shared: dict[str, Any] = cut("none")

@@ -1,0 +1,65 @@
+"""`lift` turns any nn.Module into params and a pure function, so that the same step trains it.
+
+params, apply = lift(module)
+apply(params, *inputs)  ==  module(*inputs)      and the module itself is never touched again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fstep.key import Key
+
+
+def _draws_random(module: nn.Module) -> str | None:
+    """Return the name of a submodule that draws random numbers in training mode."""
+    for name, part in module.named_modules():
+        if part.training and isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            return name or type(part).__name__
+        if part.training and isinstance(part, nn.RNNBase | nn.MultiheadAttention) and part.dropout > 0:
+            return name or type(part).__name__
+    return None
+
+
+def lift(module: nn.Module, *, copy: bool = True) -> tuple[dict[str, Tensor], Callable[..., Any]]:
+    """Return ``(params, apply)`` with ``apply(params, *args, **kwargs) == module(*args, **kwargs)``, and pure.
+
+    ``params`` maps the module's parameter names to tensors (parameters that are one in the module are one here); with
+    ``copy=False`` they share its memory, which a donated update would then write to. Buffers are taken as they are at the
+    time of lifting; a forward that updates its buffers (batch norm in training mode) updates copies that are dropped. A
+    module that draws random numbers (dropout in training mode) needs ``apply(params, ..., key=key)``, and draws the same
+    numbers for the same key.
+
+    Raises ValueError if a key is needed and not given.
+
+    >>> import torch, fstep
+    >>> module = torch.nn.Linear(2, 1, bias=False)
+    >>> params, apply = fstep.lift(module)
+    >>> loss = lambda p, x: (apply(p, x) ** 2).sum()
+    >>> value, grads = fstep.value_and_grad(loss)({"weight": torch.tensor([[1.0, 2.0]])}, torch.tensor([[3.0, 4.0]]))
+    >>> value, grads
+    (tensor(121.), {'weight': tensor([[66., 88.]])})
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"lift: got a {type(module).__name__}; pass an nn.Module")
+    params = {name: p.detach().clone() if copy else p.detach() for name, p in module.named_parameters()}
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    random = _draws_random(module)
+
+    def apply(params: dict[str, Tensor], *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
+        if random is not None and key is None:
+            raise ValueError(f"lift: {random!r} draws random numbers; pass apply(..., key=key), or lift module.eval()")
+        state = {**params, **{name: b.clone() for name, b in buffers.items()}}
+        if random is None or key is None:
+            return functional_call(module, state, args, kwargs)
+        devices = sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(key.data) % (1 << 63))
+            return functional_call(module, state, args, kwargs)
+
+    return params, apply

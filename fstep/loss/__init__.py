@@ -1,0 +1,1 @@
+"""Losses: each a function that returns a Ratio."""
