@@ -1,0 +1,124 @@
+"""Training steps as pure functions, on PyTorch: ``step(state, batch) -> (state, metrics)``."""
+
+from fstep.batch.batch import Docs, cut, join_documents, make_docs, select_documents
+from fstep.batch.loader import DataPosition, draw_documents
+from fstep.batch.microbatch import split_microbatches
+from fstep.batch.pack import pack_thd, split_documents, unpack_thd
+from fstep.batch.packed import Packed
+from fstep.batch.plan import plan_balanced, plan_first_fit
+from fstep.grad.autodiff import split_trainable, value_and_grad, vjp
+from fstep.grad.lift import lift
+from fstep.grad.pipeline import pp_forward, pp_forward_backward
+from fstep.grad.remat import remat
+from fstep.key import Key
+from fstep.loss.sft import sft_loss
+from fstep.mesh.axis import Axis, Mesh, require_single
+from fstep.ops.attention import packed_attention
+from fstep.ops.context import cp_shard
+from fstep.ops.head import head_logits, token_logprobs
+from fstep.ops.layers import embed, linear, rms_norm, rotate
+from fstep.ops.rope import Rope, rope_tables
+from fstep.ratio import Ratio
+from fstep.state.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
+from fstep.state.state import DonatedError, TrainState, init_state
+from fstep.state.weights import HFTensor, WeightsError, load_hf, save_hf, stream_hf
+from fstep.trace import in_transform, is_recording
+from fstep.tree import (
+    Tied,
+    cast,
+    pytree,
+    static,
+    to_device,
+    tree_leaves,
+    tree_map,
+    tree_map_with_path,
+    tree_merge,
+    tree_paths,
+    tree_replace_leaves,
+)
+from fstep.update.adamw import AdamW, AdamWState, adamw
+from fstep.update.finalize import finalize_grads
+from fstep.update.lr import constant, warmup_cosine, warmup_linear, wsd
+from fstep.update.muon import Muon, MuonState, muon
+from fstep.update.rows import matrices
+from fstep.update.sgd import SGD, SGDState, sgd
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "AdamWState",
+    "Axis",
+    "CheckpointError",
+    "DataPosition",
+    "Docs",
+    "DonatedError",
+    "HFTensor",
+    "Key",
+    "Mesh",
+    "Muon",
+    "MuonState",
+    "Packed",
+    "Ratio",
+    "Rope",
+    "SGDState",
+    "Tied",
+    "TrainState",
+    "WeightsError",
+    "adamw",
+    "cast",
+    "constant",
+    "cp_shard",
+    "cut",
+    "draw_documents",
+    "embed",
+    "finalize_grads",
+    "head_logits",
+    "in_transform",
+    "init_state",
+    "is_recording",
+    "join_documents",
+    "latest_step",
+    "lift",
+    "linear",
+    "load_checkpoint",
+    "load_hf",
+    "make_docs",
+    "matrices",
+    "muon",
+    "pack_thd",
+    "packed_attention",
+    "plan_balanced",
+    "plan_first_fit",
+    "pp_forward",
+    "pp_forward_backward",
+    "pytree",
+    "remat",
+    "require_single",
+    "rms_norm",
+    "rope_tables",
+    "rotate",
+    "save_checkpoint",
+    "save_hf",
+    "select_documents",
+    "sft_loss",
+    "sgd",
+    "split_documents",
+    "split_microbatches",
+    "split_trainable",
+    "static",
+    "stream_hf",
+    "to_device",
+    "token_logprobs",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_with_path",
+    "tree_merge",
+    "tree_paths",
+    "tree_replace_leaves",
+    "unpack_thd",
+    "value_and_grad",
+    "vjp",
+    "warmup_cosine",
+    "warmup_linear",
+    "wsd",
+]

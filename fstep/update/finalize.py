@@ -1,0 +1,167 @@
+"""`finalize_grads`: the one place that divides.
+
+    sum of gradients  G           loss  Ratio(num, den)
+          |                              |
+          |   mean  G / den              |
+          |   norm  ||G / den||          |  one multiplication a leaf:  G * (clip / den)
+          |   clip  min(1, max / norm)   |
+          v                              v
+    gradients of the mean loss    metrics: loss, weight, grad_norm, nonfinite, ...
+
+Gradients come out all finite or all NaN. Whoever applies them (every rank, every optimizer) then decides alike whether
+the step is skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fstep.mesh.axis import Mesh, require_single
+from fstep.ratio import Ratio
+from fstep.trace import is_recording
+from fstep.tree import tree_leaves, tree_paths, tree_replace_leaves
+from fstep.update.rows import leaf_norms
+
+RESERVED = ("loss", "weight", "grad_norm", "nonfinite")
+
+
+def finalize_grads(
+    grads: Any,
+    loss: Ratio | tuple[Ratio, Mapping[str, Ratio]],
+    *,
+    mesh: Mesh,
+    max_norm: float | None = None,
+    donate: bool = False,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Turn summed gradients into the gradients of the mean loss, clipped by their global norm.
+
+    ``grads`` are the gradients of ``loss.num``, summed over the microbatches, with ``None`` at frozen leaves. With
+    ``G = grads / loss.den`` and ``norm = ||G||`` over all leaves together (in float32, or in float64 if a leaf is), the
+    result is ``G * min(1, max_norm / (norm + 1e-6))``, which is `torch.nn.utils.clip_grad_norm_` of the mean.
+
+    Returns the gradients, each in its own dtype, and metrics as 0-d tensors: ``loss`` (the mean), ``weight`` (the
+    denominator), ``grad_norm`` (before clipping), ``nonfinite`` (0. or 1.), and the mean of each extra ratio of
+    ``(Ratio, {name: Ratio})``. If ``den`` is 0 the gradients and the loss are 0; if the norm is not finite every
+    gradient is NaN, and an optimizer skips the step. Nothing waits for the device. Outer derivatives and `vmap` go
+    through. ``donate=True`` writes the result into the memory of ``grads``.
+
+    Over the mesh ``loss`` and ``grads`` are each rank's own sums; every axis has to have size 1 in this release.
+
+    Raises `TypeError` if ``loss`` is no `Ratio` or a leaf is no floating-point tensor, `ValueError` if ``grads`` has no
+    leaves, ``max_norm`` <= 0, or a ratio is named like one of the four metrics.
+
+    >>> import torch, fstep
+    >>> loss = fstep.Ratio(torch.tensor(12.0), torch.tensor(4.0))
+    >>> grads, metrics = fstep.finalize_grads({"w": torch.tensor([12.0, 16.0])}, loss, mesh=fstep.Mesh(), max_norm=2.5)
+    >>> grads["w"]  # the mean is (3, 4) and has norm 5
+    tensor([1.5000, 2.0000])
+    >>> {name: float(value) for name, value in metrics.items()}
+    {'loss': 3.0, 'weight': 4.0, 'grad_norm': 5.0, 'nonfinite': 0.0}
+    """
+    for axis in (mesh.pp, mesh.dp, mesh.cp, mesh.tp, mesh.ep):
+        require_single("finalize_grads", axis)
+    total, extra = _ratios(loss)
+    leaves = _leaves(grads)
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"finalize_grads: max_norm is {max_norm}; pass a number > 0, or None not to clip")
+    recording = is_recording(grads, total.den)
+    if donate and recording:
+        raise ValueError(
+            "finalize_grads: donate=True while an outer derivative is being taken (grads or loss require grad, or a "
+            "torch.func transform is running); call it without donate=True, or detach what should not be differentiated"
+        )
+
+    sum_norm = _norm(leaves) if recording else torch.linalg.vector_norm(leaf_norms(leaves, 2))
+    den = total.den.to(sum_norm.device, sum_norm.dtype)
+    some = den != 0
+    safe = torch.where(some, den, 1.0)
+    norm = torch.where(some, sum_norm / safe, sum_norm * 0)  # without weight: 0, but still NaN if not finite
+    bad = ~norm.isfinite()
+    clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    scale = torch.where(bad, math.nan, torch.where(some, clip / safe, 0.0))
+
+    scaled = [_times(g, scale) for g in leaves] if recording else _scale(leaves, scale, donate)
+    metrics = {
+        "loss": total.mean(),
+        "weight": total.den,
+        "grad_norm": norm,
+        "nonfinite": bad.to(torch.float32),
+        **{name: ratio.mean() for name, ratio in extra.items()},
+    }
+    return tree_replace_leaves(grads, scaled), metrics
+
+
+def _ratios(loss: Any) -> tuple[Ratio, Mapping[str, Ratio]]:
+    total, extra = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, {})
+    if not isinstance(extra, Mapping):
+        raise TypeError(f"finalize_grads: loss[1] is {type(extra).__name__}; pass a dict of Ratios")
+    for name, ratio in (("loss", total), *extra.items()):
+        if not isinstance(ratio, Ratio):
+            raise TypeError(
+                f"finalize_grads: {name} is {type(ratio).__name__}; pass Ratio(sum, weight) of 0-d tensors, "
+                "or a pair of one and a dict of more"
+            )
+        for part in (ratio.num, ratio.den):
+            if not isinstance(part, Tensor) or part.ndim:
+                got = tuple(part.shape) if isinstance(part, Tensor) else repr(part)
+                raise TypeError(f"finalize_grads: {name} is a Ratio of {got}; sum to 0-d tensors first")
+    for name in extra:
+        if name in RESERVED:
+            raise ValueError(f"finalize_grads: a ratio is named {name!r}, as is a metric of its own; rename it")
+    return total, extra
+
+
+def _leaves(grads: Any) -> list[Tensor]:
+    leaves = tree_leaves(grads)
+    if not leaves:
+        raise ValueError("finalize_grads: grads has no leaves; every parameter is frozen, or the tree is empty")
+    for path, leaf in zip(tree_paths(grads), leaves, strict=True):
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"finalize_grads: the gradient {path!r} is {kind}; pass floating-point tensors or None")
+    return leaves
+
+
+def _norm(leaves: Sequence[Tensor]) -> Tensor:
+    """Compute the global norm as one smooth function, whose higher derivatives are right at a leaf of zeros too."""
+    squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in leaves]
+    wide = torch.float64 if any(s.dtype == torch.float64 for s in squares) else torch.float32
+    total = torch.stack([s.to(leaves[0].device, wide) for s in squares]).sum()
+    some = total != 0  # true for NaN, so that the root is NaN
+    return torch.where(some, torch.where(some, total, 1.0).sqrt(), 0.0)
+
+
+def _times(g: Tensor, scale: Tensor) -> Tensor:
+    # In float16 a scale of 1e-6 has lost most of its digits: multiply in float32 and round once.
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return (g.to(wide) * scale.to(g.device, wide)).to(g.dtype)
+
+
+def _scale(leaves: Sequence[Tensor], scale: Tensor, donate: bool) -> list[Tensor]:
+    """Multiply every leaf by a 0-d tensor, a few launches for all of them; with ``donate`` in place."""
+    out: list[Tensor] = list(leaves)
+    groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    owners = Counter((g.device, g.data_ptr()) for g in leaves) if donate else Counter()
+    for i, g in enumerate(leaves):
+        # autograd may return one tensor for two leaves, or an expanded one: in place these would be scaled twice.
+        in_place = donate and owners[g.device, g.data_ptr()] == 1 and not any(s == 0 for s in g.stride())
+        if g.dtype in (torch.float32, torch.float64):
+            groups.setdefault((g.device, g.dtype, in_place), []).append(i)
+        else:
+            scaled = _times(g, scale)
+            out[i] = g.copy_(scaled) if in_place else scaled
+    for (device, dtype, in_place), members in groups.items():
+        group = [leaves[i] for i in members]
+        factor = scale.to(device, dtype)
+        if in_place:
+            torch._foreach_mul_(group, factor)
+            continue
+        for i, x in zip(members, torch._foreach_mul(group, factor), strict=True):
+            out[i] = x
+    return out

@@ -1,0 +1,265 @@
+"""What every optimizer does around its formula: line the trees up, refuse a bad gradient, reuse memory when asked.
+
+    params   {"w": W, "b": B}                row "b":  B, no gradient            frozen: kept as it is
+    grads    {"w": G, "b": None}     ->      row "w":  W, G, (M, V)              formula or kernel -> W', (M', V')
+    opt      {"w": M, "b": None} ...
+
+An optimizer gives `update_rows` two forms of the same mathematics: a *kernel* that works in place on lists of tensors
+(one launch for hundreds of leaves) and a *formula* for one leaf that changes nothing. Pure means clone, then kernel;
+donated means kernel on the old tensors; the formula serves what the kernel cannot: outer derivatives, `vmap`, mixed
+dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fstep.grad.autodiff import Predicate, split_trainable
+from fstep.state.donate import bury
+from fstep.state.state import TrainState
+from fstep.tree import tree_leaves, tree_map_with_path, tree_paths, tree_replace_leaves
+
+Decay = Callable[[str, Tensor], bool]
+Kernel = Callable[[list[list[Tensor]], list[Tensor], float, Tensor], None]
+Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], float], tuple[Tensor, ...]]
+
+
+class Row(NamedTuple):
+    """One leaf of the params with everything that belongs to it; ``slots`` is what the optimizer remembers of it."""
+
+    path: str
+    param: Tensor
+    grad: Tensor
+    slots: tuple[Any, ...]
+
+
+def matrices(path: str, leaf: Tensor) -> bool:
+    """Choose the leaves of two or more dimensions: the usual answer to "what is decayed?".
+
+    Norm scales and biases have one dimension and are left out. For ``decay=``, which asks about every trained leaf.
+
+    >>> import torch, fstep
+    >>> fstep.matrices("layers.0.q", torch.ones(2, 2)), fstep.matrices("layers.0.norm", torch.ones(2))
+    (True, False)
+    >>> fstep.AdamW(weight_decay=0.1, decay=fstep.matrices).weight_decay
+    0.1
+    """
+    return leaf.ndim >= 2
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `ValueError` with this message unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+def select(function: str, params: Any, trainable: Predicate | None) -> Any:
+    """Return the params with ``None`` in place of every frozen leaf, or say which leaf cannot be trained."""
+    paths, leaves = tree_paths(params), tree_leaves(params)
+    require(bool(leaves), f"{function}: params has no leaves; pass a tree with at least one tensor")
+    for path, leaf in zip(paths, leaves, strict=True):
+        if (trainable is None or trainable(path)) and not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(
+                f"{function}: leaf {path!r} is {kind} and cannot be trained; "
+                f"freeze it, e.g. trainable=lambda path: path != {path!r}"
+            )
+    return split_trainable(params, trainable)[0]
+
+
+def check_lr(function: str, lr: float | Tensor) -> None:
+    """Refuse a learning rate that is no number."""
+    if isinstance(lr, Tensor):
+        require(lr.ndim == 0, f"{function}: lr has shape {tuple(lr.shape)}; pass a float or a 0-d tensor")
+    elif isinstance(lr, bool) or not isinstance(lr, int | float):
+        raise TypeError(f"{function}: lr is {lr!r}; pass a float or a 0-d tensor")
+    else:
+        require(0 <= lr < math.inf, f"{function}: lr is {lr}; pass a finite number >= 0")
+
+
+def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[Row | None]:
+    """Pair each leaf of the params with its gradient and its optimizer state; ``None`` stands for a frozen leaf."""
+    rows: list[Row | None] = []
+
+    def add(path: str, param: Tensor, grad: Any, *slot: Any) -> Tensor:
+        trained = any(s is not None for s in slot)
+        if trained and grad is None:
+            raise ValueError(
+                f"{function}: grads has no leaf {path!r} that opt state has; "
+                "give init and value_and_grad the same trainable="
+            )
+        if grad is not None and not trained:
+            raise ValueError(
+                f"{function}: grads has a leaf {path!r} that opt state has not (it was frozen at init); "
+                "give init and value_and_grad the same trainable="
+            )
+        if trained and not isinstance(grad, Tensor):
+            raise ValueError(f"{function}: grads has a {type(grad).__name__} at {path!r}, where params has a tensor")
+        if trained and grad.shape != param.shape:
+            raise ValueError(
+                f"{function}: the gradient of {path!r} has shape {tuple(grad.shape)}, "
+                f"its parameter has shape {tuple(param.shape)}; differentiate with respect to these params"
+            )
+        rows.append(Row(path, param, grad, slot) if trained else None)
+        return param
+
+    try:
+        tree_map_with_path(add, state.params, grads, *slots)
+    except ValueError as error:
+        if str(error).startswith(function):
+            raise
+        # The tree library names types and counts; whoever reads the error wants the leaf.
+        raise ValueError(_difference(function, state.params, (grads, *slots))) from error
+    require(any(rows), f"{function}: no leaf has a gradient; call init with a trainable= that chooses some")
+    return rows
+
+
+def _difference(function: str, params: Any, others: tuple[Any, ...]) -> str:
+    known = tree_paths(params)
+    for name, other in zip(("grads", *["opt state"] * len(others)), others, strict=False):
+        found = tree_paths(other)
+        for path in found:
+            if path not in known:
+                return f"{function}: {name} has a leaf {path!r} that params has not; pass trees of the same structure"
+        for path in known:
+            if path not in found:
+                return (
+                    f"{function}: {name} has no leaf {path!r} that params has; pass trees of the same structure "
+                    "(None is the gradient of a frozen leaf)"
+                )
+    return f"{function}: params, grads and opt state are trees of different node types; pass trees of the same structure"
+
+
+def trained(rows: Sequence[Row | None]) -> list[Row]:
+    """Drop the frozen ones."""
+    return [row for row in rows if row is not None]
+
+
+def leaf_norms(leaves: Sequence[Tensor], order: float) -> Tensor:
+    """Stack the norms of the leaves (order not kept), float64 if a leaf is, else float32; a few launches for all."""
+    norms: list[Tensor] = []
+    for dtype in (torch.float32, torch.float64):
+        # An infinity norm of nothing is undefined, and an empty leaf adds nothing to any norm.
+        some = [x for x in leaves if x.numel() and (x.dtype == torch.float64) == (dtype == torch.float64)]
+        if some:
+            norms.extend(torch._foreach_norm(some, order, dtype=dtype))
+    if not norms:
+        return torch.zeros(1, device=leaves[0].device)
+    wide = norms[-1].dtype
+    return torch.stack([n.to(leaves[0].device, wide) for n in norms])
+
+
+def any_nonfinite(grads: Sequence[Tensor], recording: bool) -> Tensor:
+    """Return a 0-d bool tensor on the gradients' device: is any element infinite or NaN?"""
+    if recording:
+        return ~torch.stack([g.detach().isfinite().all().to(grads[0].device) for g in grads]).all()
+    # The largest magnitude of a leaf is finite exactly if the leaf is.
+    return ~leaf_norms(grads, math.inf).isfinite().all()
+
+
+def refuse_donation(function: str, rows: Sequence[Row], recording: bool) -> None:
+    """Refuse to work in place where that is wrong: under an outer derivative, or on memory that two leaves share."""
+    require(
+        not recording,
+        f"{function}: donate=True while an outer derivative is being taken (a leaf requires grad, or a torch.func "
+        "transform is running); call it without donate=True, or detach what should not be differentiated",
+    )
+    if torch.compiler.is_compiling():
+        return  # the compiler's tensors have no addresses
+    owner: dict[tuple[torch.device, int], tuple[str, int]] = {}
+    for row in rows:
+        for i, x in enumerate((row.param, *row.slots)):
+            first = owner.setdefault((x.device, x.data_ptr()), (row.path, i)) if x.numel() else (row.path, i)
+            require(
+                first == (row.path, i),
+                f"{function}: donate=True, but leaves {first[0]!r} and {row.path!r} share memory and would be updated "
+                "twice; keep a tied weight as one leaf (Tied), or clone one of them",
+            )
+
+
+def update_rows(
+    rows: Sequence[Row],
+    bad: Tensor,
+    formula: Formula,
+    kernel: Kernel | None,
+    *,
+    weight_decay: float,
+    decay: Decay | None,
+    donate: bool,
+    recording: bool,
+) -> list[tuple[Tensor, ...]]:
+    """Return the new ``(param, *slots)`` of each row; where ``bad`` is true, the old ones, bit for bit."""
+    out: list[tuple[Tensor, ...]] = [()] * len(rows)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        decayed = weight_decay if decay is None or decay(row.path, row.param) else 0.0
+        if kernel is None or recording or not _fits_kernel((row.param, *row.slots)):
+            out[i] = _by_formula(row, bad, formula, decayed, donate)
+        else:
+            # A gradient of another dtype or layout is converted on its own, so that one such copy is alive at a time.
+            alone = -1 if _alike((row.param, row.grad)) else i
+            groups.setdefault((row.param.device, row.param.dtype, decayed, alone), []).append(i)
+    for (device, _, decayed, alone), members in groups.items():
+        assert kernel is not None
+        for i in members:
+            old = (rows[i].param, *rows[i].slots)
+            out[i] = old if donate else tuple(x.clone() for x in old)
+        grads = [rows[i].grad for i in members]
+        if alone >= 0:
+            grads = [torch.empty_like(rows[i].param).copy_(rows[i].grad) for i in members]
+        columns = [list(column) for column in zip(*(out[i] for i in members), strict=True)]
+        kernel(columns, grads, decayed, bad.to(device, torch.float32))
+        if donate:
+            # These kernels leave autograd's version counters alone; a graph that still holds an old tensor must notice.
+            torch.autograd.graph.increment_version([x for column in columns for x in column])
+    return out
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """Say whether the elements of these tensors, in order of memory, are the same ones and of one type."""
+    first = tensors[0]
+    return all(x.dtype == first.dtype and x.device == first.device and x.stride() == first.stride() for x in tensors)
+
+
+def _fits_kernel(tensors: tuple[Tensor, ...]) -> bool:
+    # The fused kernels walk through memory: on tensors of different strides they silently pair the wrong elements.
+    first = tensors[0]
+    dense = first.is_contiguous() or (first.ndim == 2 and first.mT.is_contiguous())
+    # On the CPU fused SGD is wrong by a tenth of its step in 16 bits (torch 2.13), from 16 elements on.
+    exact = first.dtype in (torch.float32, torch.float64) if first.device.type == "cpu" else first.device.type == "cuda"
+    return dense and exact and _alike(tensors)
+
+
+def _by_formula(row: Row, bad: Tensor, formula: Formula, weight_decay: float, donate: bool) -> tuple[Tensor, ...]:
+    old = (row.param, *row.slots)
+    bad = bad.to(row.param.device)
+    wide = torch.promote_types(row.param.dtype, torch.float32)
+    # The branch that `where` drops still has a derivative, and NaN times 0 is NaN: keep it finite.
+    grad = torch.where(bad, 0.0, row.grad.to(wide))
+    new = formula(row.param.to(wide), grad, tuple(x.to(wide) for x in row.slots), weight_decay)
+    kept = tuple(torch.where(bad, o, n.to(o.dtype)) for o, n in zip(old, new, strict=True))
+    return tuple(o.copy_(k) for o, k in zip(old, kept, strict=True)) if donate else kept
+
+
+def next_state(
+    state: TrainState, rows: Sequence[Row | None], new: Sequence[Tensor], opt: Any, bad: Tensor, donate: bool
+) -> TrainState:
+    """Put the new params (one for each trained row) and optimizer state into the state that follows ``state``."""
+    updated = iter(new)
+    params = [p if row is None else next(updated) for p, row in zip(tree_leaves(state.params), rows, strict=True)]
+    result = dataclasses.replace(
+        state,
+        params=tree_replace_leaves(state.params, params),
+        opt=opt,
+        step=state.step + 1,
+        skipped=state.skipped + bad,
+    )
+    if donate:
+        bury(state)
+    return result
