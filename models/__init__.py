@@ -1,0 +1,1 @@
+"""Model families for fstep, one file each, imported as ``fstep_models``."""

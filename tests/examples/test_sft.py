@@ -1,0 +1,146 @@
+"""The driver as a user runs it: with no arguments, resumed, on a checkpoint of transformers, and wrongly."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.hf_oracle import make_hf
+from tests.models.test_chat import PLAIN, make_tokenizer
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "sft.py"
+
+
+def run(*arguments: object, fails: bool = False) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    assert not fails or "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("sft") / "run"
+    return out, run("--steps", 6, "--save-every", 3, "--batch", 24, "--max-tokens", 300, "--out", out)
+
+
+def test_the_default_learns_and_leaves_its_results(finished: tuple[Path, str]) -> None:
+    out, said = finished
+    first, last = re.search(r"training loss: (\S+) -> (\S+)", said).groups()
+    assert float(last) < float(first)
+    assert all(word in said for word in ("prompt:", "before:", "after:", "6/6"))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [r["step"] for r in rows(out)] == list(range(6))
+    assert rows(out)[0].keys() == {"step", "loss", "weight", "grad_norm", "nonfinite", "lr", "tokens_per_second"}
+
+
+def test_resuming_gives_the_same_bits(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = finished
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000006")
+    shutil.rmtree(again / "model")
+    said = run("--steps", 6, "--save-every", 3, "--batch", 24, "--max-tokens", 300, "--out", again, "--resume")
+    assert "resuming at step 3" in said
+    for file in ("model/model.safetensors", "checkpoints/step-00000006/manifest.json"):
+        assert (again / file).read_bytes() == (out / file).read_bytes(), file
+
+    def numbers(folder: Path) -> list[dict]:
+        return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows(folder)]
+
+    assert numbers(again) == numbers(out)
+
+
+def test_a_run_is_not_overwritten(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    assert "holds a run already: add --resume" in run("--out", out, fails=True)
+
+
+def test_the_model_loads_in_transformers(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    module = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert module(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def chats(file: Path, count: int) -> Path:
+    words = ["up", "down", "left", "right"]
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": words[i % 4]},
+                {"role": "assistant", "content": words[(i + 1) % 4] * (i % 3 + 1)},
+            ]
+        }
+        for i in range(count)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1
+    )
+    make_hf(config).float().save_pretrained(folder)
+    make_tokenizer(PLAIN).save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_of_transformers_on_chats(checkpoint: Path, tmp_path: Path) -> None:
+    data, out = chats(tmp_path / "chats.jsonl", 50), tmp_path / "run"
+    said = run(
+        "--model", checkpoint, "--data", data, "--out", out, "--steps", 8, "--lr", 3e-3, "--batch", 16, "--remat", "full"
+    )
+    first, last = re.search(r"validation loss: (\S+) -> (\S+)", said).groups()
+    assert float(last) < float(first)
+    module = AutoModelForCausalLM.from_pretrained(out / "model")
+    before = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert not torch.equal(module.lm_head.weight, before.lm_head.weight)
+    assert (out / "model" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "x.jsonl"], "--model and --data go together"),
+        (["--steps", "0"], "--steps must be 1 or more"),
+        (["--model", "{tmp}/none", "--data", "{tmp}/none.jsonl"], "no such"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> None:
+    assert said in run(*(a.format(tmp=tmp_path) for a in arguments), "--out", tmp_path / "out", fails=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{broken", "line 2: JSONDecodeError"),
+        ('{"text": "hello"}', "line 2: KeyError: 'messages'"),
+        ('{"messages": [{"role": "user", "content": "only me"}]}', "line 2: ChatError: .*nothing to learn"),
+    ],
+)
+def test_wrong_data_names_file_and_line(line: str, said: str, checkpoint: Path, tmp_path: Path) -> None:
+    data = chats(tmp_path / "chats.jsonl", 1)
+    data.write_text(data.read_text() + line + "\n")
+    assert re.search(said, run("--model", checkpoint, "--data", data, "--out", tmp_path / "out", fails=True))
