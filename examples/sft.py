@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import fstep
 from fstep_models.chat import ChatError, chat_document
+from fstep_models.config import ConfigError, stored_dtype
 from fstep_models.dense import Config, Dense
 
 
@@ -162,7 +163,10 @@ def main() -> None:
     if a.model:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(a.model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(a.model)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{a.model}: transformers finds no tokenizer there: {error}")
         model, params = Dense.load(a.model, device=device)
         docs = read_chats(a.data, tokenizer, model.config.vocab, a.max_tokens)
         what, count = "validation", len(docs.lengths)
@@ -221,10 +225,13 @@ def main() -> None:
     print(f"prompt:  {show(prompt)!r}\nbefore:  {before!r}\nafter:   {after!r}")
     if skipped := int(state.skipped):
         print(f"{skipped} steps had gradients that were not finite and changed nothing")
-    model.save(a.out / "model", state.params, like=a.model)
+    model.save(a.out / "model", state.params, like=a.model, dtype=stored_dtype(a.model) if a.model else None)
     print(draw_curve(metrics_file, a.out / "loss.png"))
     print(f"model:  {a.out / 'model'} (transformers can load it)")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ConfigError, fstep.WeightsError, fstep.CheckpointError) as problem:
+        sys.exit(f"sft.py: {problem}")

@@ -39,7 +39,7 @@ from fstep.tree import (
 from fstep.update.adamw import AdamW, AdamWState, adamw
 from fstep.update.finalize import finalize_grads
 from fstep.update.lr import constant, warmup_cosine, warmup_linear, wsd
-from fstep.update.muon import Muon, MuonState, muon
+from fstep.update.muon import Muon, MuonState, hidden_matrices, muon
 from fstep.update.rows import matrices
 from fstep.update.sgd import SGD, SGDState, sgd
 
@@ -73,6 +73,7 @@ __all__ = [
     "embed",
     "finalize_grads",
     "head_logits",
+    "hidden_matrices",
     "in_transform",
     "init_state",
     "is_recording",

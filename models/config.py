@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from fstep import Rope
@@ -20,7 +21,8 @@ IRRELEVANT = frozenset(
     """_name_or_path architectures bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
     unk_token_id chunk_size_feed_forward dtype torch_dtype id2label label2id problem_type return_dict output_attentions
     output_hidden_states transformers_version use_cache model_type pretraining_tp max_position_embeddings
-    initializer_range torchscript auto_map use_return_dict num_labels generation_config""".split()
+    initializer_range torchscript auto_map use_return_dict num_labels generation_config tokenizer_class
+    decoder_start_token_id is_llama_config unsloth_version unsloth_fixed _attn_implementation_autoset""".split()
 )
 
 
@@ -28,20 +30,29 @@ class ConfigError(ValueError):
     """Raised for a Hugging Face config that a model family does not honour in full."""
 
 
+def read_json(folder: str | Path) -> dict[str, Any]:
+    """Return a model folder's config.json as it is."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"read_config: {folder} has no config.json; pass the folder of a Hugging Face model")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"read_config: {file} is not JSON ({error}); copy it again") from error
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """Return the dtype that a model folder says its weights have, if it says."""
+    config = read_json(folder)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
 def read_config(source: str | Path | Mapping[str, Any] | PretrainedConfig) -> dict[str, Any]:
     """Return the config of a folder, a mapping or a transformers config as a plain dict with defaults filled in."""
     if isinstance(source, PretrainedConfig):
         return source.to_dict()
-    if isinstance(source, (str, Path)):
-        file = Path(source) / "config.json"
-        if not file.is_file():
-            raise ConfigError(f"read_config: {source} has no config.json; pass the folder of a Hugging Face model")
-        try:
-            given = json.loads(file.read_text())
-        except ValueError as error:
-            raise ConfigError(f"read_config: {file} is not JSON ({error}); copy it again") from error
-    else:
-        given = dict(source)
+    given = read_json(source) if isinstance(source, (str, Path)) else dict(source)
     if not isinstance(given, dict) or "model_type" not in given:
         raise ConfigError("read_config: the config has no model_type; pass the config.json of a Hugging Face model")
     try:
@@ -109,15 +120,23 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     return out
 
 
-def refuse_rest(family: str, config: dict[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise for every value left in ``config`` that is neither irrelevant nor equal to what the family computes."""
-    wrong = {
-        k: v
-        for k, v in config.items()
-        if k not in IRRELEVANT and not (k in expected and v == expected[k]) and not (k not in expected and v is None)
-    }
+# Switches that some checkpoints carry, and the one value of each that asks for nothing.
+OFF = {
+    "attention_dropout": 0.0,
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "rope_interleaved": False,
+    "tie_encoder_decoder": False,
+    "use_mrope": False,
+}
+
+
+def refuse_rest(family: str, config: dict[str, Any]) -> None:
+    """Raise for every value left in ``config`` that is neither irrelevant nor switched off."""
+    wrong = {k: v for k, v in config.items() if k not in IRRELEVANT and v is not None and v != OFF.get(k)}
     if wrong:
-        said = ", ".join(f"{k}={v!r}" + (f" (only {expected[k]!r})" if k in expected else "") for k, v in wrong.items())
+        said = ", ".join(f"{k}={v!r}" + (f" (only {OFF[k]!r})" if k in OFF else "") for k, v in wrong.items())
         raise ConfigError(f"{family}: the config has values this family does not honour: {said}")
 
 

@@ -11,7 +11,6 @@ that is there is added, a q_norm that is there is applied. A stage runs whatever
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import fstep
 from fstep import HFTensor, Key, Mesh, Packed, Tied
-from fstep_models.config import tokenizer_files
+from fstep_models.config import read_json, tokenizer_files
 from fstep_models.dense_config import ACTIVATIONS, Config
 
 Params = dict[Any, Any]
@@ -125,14 +124,25 @@ class Dense:
         ignore = ("rotary_emb.inv_freq",)
         return model, fstep.load_hf(folder, model.spec(), dtype=dtype, device=device, tied=tied, ignore=ignore)
 
-    def save(self, folder: str | Path, params: Params, *, like: str | Path | None = None, **options: Any) -> Path:
-        """Write a folder that transformers loads; ``like`` is one whose tokenizer and config details are kept.
+    def save(
+        self,
+        folder: str | Path,
+        params: Params,
+        *,
+        like: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> Path:
+        """Write a folder that transformers loads, in ``dtype`` (by default the params' own), and return its path.
 
-        Further options are those of `fstep.save_hf`.
+        ``like`` is a model folder whose tokenizer files and config details (special tokens, ...) are kept.
         """
-        base = {} if like is None else json.loads((Path(like) / "config.json").read_text())
+        config = self.config.to_hf({} if like is None else read_json(like))
+        config["dtype"] = str(dtype or params["norm"].dtype).removeprefix("torch.")
         files = [] if like is None else tokenizer_files(like)
-        return fstep.save_hf(folder, params, self.spec(), config=self.config.to_hf(base), extra_files=files, **options)
+        return fstep.save_hf(
+            folder, params, self.spec(), config=config, dtype=dtype, max_shard_bytes=max_shard_bytes, extra_files=files
+        )
 
     def stage(self, mesh: Mesh = Mesh()) -> Callable[[Params, Tensor | None, Packed], Tensor]:  # noqa: B008
         """Return ``stage_fn(params, x, packed)``: hidden states [T, dim] after the layers that the params have."""

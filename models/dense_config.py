@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from fstep import Rope
 from fstep_models.config import ConfigError, read_config, read_rope, refuse_rest, write_rope
 
+# Keys of older config files whose content is written under another name.
+REWRITTEN = ("rope_scaling", "rope_theta", "rope_parameters", "torch_dtype", "dtype")
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -101,14 +103,14 @@ class Config:
             max_positions=positions,
             init_std=c["initializer_range"],
         )
-        refuse_rest(f"dense ({family})", c, {"attention_dropout": 0.0, "is_encoder_decoder": False})
+        refuse_rest(f"dense ({family})", c)
         return config
 
     def to_hf(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the config.json of this model; ``base`` gives the keys that say nothing about the computation."""
         architecture = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[self.family]
         out: dict[str, Any] = {
-            **{k: v for k, v in (base or {}).items() if k not in ("rope_scaling", "rope_theta", "rope_parameters")},
+            **{k: v for k, v in (base or {}).items() if k not in REWRITTEN},
             "model_type": self.family,
             "architectures": [f"{architecture}ForCausalLM"],
             "vocab_size": self.vocab,

@@ -22,7 +22,17 @@ from fstep.tree import pytree
 
 
 class DonatedError(RuntimeError):
-    """Raised when a state is read whose memory an update with ``donate=True`` has reused."""
+    """Raised when a state is read whose memory an update with ``donate=True`` has reused.
+
+    >>> import torch, fstep
+    >>> state = fstep.init_state({"w": torch.zeros(1)}, fstep.sgd)
+    >>> new = fstep.sgd.update(state, {"w": torch.ones(1)}, lr=0.1, donate=True)
+    >>> try:
+    ...     state.params
+    ... except fstep.DonatedError:
+    ...     print("gone")
+    gone
+    """
 
 
 @pytree
@@ -33,8 +43,8 @@ class TrainState:
 
     >>> import torch, fstep
     >>> state = fstep.init_state({"w": torch.zeros(2)}, fstep.sgd)
-    >>> int(state.step)
-    0
+    >>> isinstance(state, fstep.TrainState), int(state.step)
+    (True, 0)
     """
 
     params: Any

@@ -144,3 +144,14 @@ def test_wrong_data_names_file_and_line(line: str, said: str, checkpoint: Path, 
     data = chats(tmp_path / "chats.jsonl", 1)
     data.write_text(data.read_text() + line + "\n")
     assert re.search(said, run("--model", checkpoint, "--data", data, "--out", tmp_path / "out", fails=True))
+
+
+def test_a_broken_checkpoint_is_named_without_a_traceback(checkpoint: Path, tmp_path: Path) -> None:
+    data, broken = chats(tmp_path / "chats.jsonl", 4), tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in run("--model", broken, "--data", data, "--out", tmp_path / "out", fails=True)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    assert "attention_dropout=0.5" in run("--model", broken, "--data", data, "--out", tmp_path / "out", fails=True)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import fstep
 import fstep.testing
-from fstep_models.config import ConfigError
+from fstep_models.config import ConfigError, stored_dtype
 from fstep_models.dense import Config, Dense
 from tests.hf_oracle import make_hf, run_separately
 
@@ -228,6 +228,18 @@ def test_config_round_trip(name: str) -> None:
     assert Config.from_hf(json.loads(json.dumps(CONFIGS[name].to_dict()))) == config
 
 
+def test_switches_that_are_off_are_no_obstacle() -> None:
+    # As in the config.json of Qwen2.5 and of SmolLM.
+    extra = {
+        "use_mrope": False,
+        "rope_interleaved": False,
+        "is_llama_config": True,
+        "eos_token_id": [1, 2],
+        "pad_token_id": None,
+    }
+    assert Config.from_hf({"model_type": "llama", **TINY, **extra}) == Config.from_hf({"model_type": "llama", **TINY})
+
+
 def test_older_config_files_are_read() -> None:
     old = dict(
         TINY, model_type="llama", rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0}, torch_dtype="bfloat16"
@@ -245,6 +257,7 @@ def test_older_config_files_are_read() -> None:
         ({"model_type": "gpt2"}, "gpt2"),
         ({"hidden_act": "quick_gelu"}, "quick_gelu"),
         ({"made_up_key": 3}, "made_up_key=3"),
+        ({"use_mrope": True}, "use_mrope=True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "3 key heads"),
         ({"sliding_window": 7}, "sliding_window=7"),
@@ -310,3 +323,20 @@ def test_load_and_save_with_transformers(name: str, tmp_path, caplog) -> None:
     assert torch.equal(again(ids).logits, module(ids).logits)
     mine = model.logits(params, model.stage()(params, None, fstep.pack_thd(fstep.make_docs(ids.tolist()))))
     torch.testing.assert_close(mine, again(ids).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_saving_in_another_dtype_says_so(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    module = make_hf(CONFIGS["llama"]).bfloat16()
+    module.save_pretrained(tmp_path / "theirs")
+    assert stored_dtype(tmp_path / "theirs") == torch.bfloat16
+    model, params = Dense.load(tmp_path / "theirs")
+    model.save(tmp_path / "wide", params, like=tmp_path / "theirs")
+    model.save(tmp_path / "half", params, like=tmp_path / "theirs", dtype=torch.bfloat16)
+    ids = torch.tensor([[1, 5, 9, 3]])
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
+    assert wide.dtype == torch.float32 and torch.equal(wide.model.norm.weight, params["norm"])
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")(ids).logits)
