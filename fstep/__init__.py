@@ -10,6 +10,8 @@ from fstep.grad.autodiff import split_trainable, value_and_grad, vjp
 from fstep.grad.lift import lift
 from fstep.grad.pipeline import pp_forward, pp_forward_backward
 from fstep.grad.remat import remat
+from fstep.grad.schedule import Action, Schedule, ScheduleStats, Span
+from fstep.grad.schedules import dualpipev, gpipe, interleaved, interleaved_zero_bubble, one_f_one_b, zbv
 from fstep.key import Key
 from fstep.loss.sft import sft_loss
 from fstep.mesh.axis import Axis, Mesh, require_single
@@ -45,6 +47,7 @@ from fstep.update.sgd import SGD, SGDState, sgd
 
 __all__ = [
     "SGD",
+    "Action",
     "AdamW",
     "AdamWState",
     "Axis",
@@ -61,6 +64,9 @@ __all__ = [
     "Ratio",
     "Rope",
     "SGDState",
+    "Schedule",
+    "ScheduleStats",
+    "Span",
     "Tied",
     "TrainState",
     "WeightsError",
@@ -70,12 +76,16 @@ __all__ = [
     "cp_shard",
     "cut",
     "draw_documents",
+    "dualpipev",
     "embed",
     "finalize_grads",
+    "gpipe",
     "head_logits",
     "hidden_matrices",
     "in_transform",
     "init_state",
+    "interleaved",
+    "interleaved_zero_bubble",
     "is_recording",
     "join_documents",
     "latest_step",
@@ -86,6 +96,7 @@ __all__ = [
     "make_docs",
     "matrices",
     "muon",
+    "one_f_one_b",
     "pack_thd",
     "packed_attention",
     "plan_balanced",
@@ -122,4 +133,5 @@ __all__ = [
     "warmup_cosine",
     "warmup_linear",
     "wsd",
+    "zbv",
 ]
