@@ -143,6 +143,13 @@ def _times(g: Tensor, scale: Tensor) -> Tensor:
     return (g.to(wide) * scale.to(g.device, wide)).to(g.dtype)
 
 
+def _times_into(out: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+    if not g.ndim:
+        return out.copy_(_times(g, scale))
+    # With one dimension the scale takes part in type promotion: float32 inside one kernel, and no copy in float32.
+    return torch.mul(g, scale.to(g.device, torch.float32)[None], out=out)
+
+
 def _scale(leaves: Sequence[Tensor], scale: Tensor, donate: bool) -> list[Tensor]:
     """Multiply every leaf by a 0-d tensor, a few launches for all of them; with ``donate`` in place."""
     out: list[Tensor] = list(leaves)
@@ -154,8 +161,7 @@ def _scale(leaves: Sequence[Tensor], scale: Tensor, donate: bool) -> list[Tensor
         if g.dtype in (torch.float32, torch.float64):
             groups.setdefault((g.device, g.dtype, in_place), []).append(i)
         else:
-            scaled = _times(g, scale)
-            out[i] = g.copy_(scaled) if in_place else scaled
+            out[i] = _times_into(g if in_place else torch.empty_like(g), g, scale)
     for (device, dtype, in_place), members in groups.items():
         group = [leaves[i] for i in members]
         factor = scale.to(device, dtype)

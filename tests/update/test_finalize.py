@@ -105,15 +105,16 @@ def test_weight_that_is_not_finite_gives_nan() -> None:
     assert metrics["nonfinite"] == 1
 
 
-@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("mode", ["pure", "donate", "recording"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_each_leaf_keeps_its_dtype_and_its_digits(device: str, dtype: torch.dtype, donate: bool) -> None:
+def test_each_leaf_keeps_its_dtype_and_its_digits(device: str, dtype: torch.dtype, mode: str) -> None:
     # 1/den is 3e-6, where float16 has only 50 numbers left; the product is rounded once all the same.
     g, other = randn(0, 50, dtype=dtype, device=device) * 300, randn(1, 20, dtype=torch.float32, device=device) * 300
     expected, expected_other = g.double() / 3e5, other.double() / 3e5
     loss = Ratio(torch.tensor(1.0, device=device), torch.tensor(3e5, device=device))
     norm = torch.cat([expected, expected_other]).norm()
-    out, metrics = finalize_grads({"a": g, "b": other}, loss, mesh=MESH, donate=donate)
+    grads = tree_map(lambda x: x.requires_grad_(mode == "recording"), {"a": g, "b": other})
+    out, metrics = tree_map(torch.Tensor.detach, finalize_grads(grads, loss, mesh=MESH, donate=mode == "donate"))
     assert out["a"].dtype == dtype
     assert out["b"].dtype == torch.float32
     assert metrics["grad_norm"].dtype == torch.promote_types(dtype, torch.float32)
@@ -215,6 +216,14 @@ def test_extra_ratios_become_metrics() -> None:
     _, metrics = finalize_grads({"a": torch.ones(1)}, (ratio(1.0, 1.0), extra), mesh=MESH)
     assert (float(metrics["aux"]), float(metrics["clipped"])) == (1.5, 0.0)
     assert list(metrics)[4:] == ["aux", "clipped"]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_16_bit_leaf_without_dimensions(donate: bool) -> None:
+    g = torch.tensor(8.0, dtype=torch.bfloat16)
+    out, _ = finalize_grads({"a": g}, ratio(1.0, 4.0), mesh=MESH, donate=donate)
+    assert (out["a"].shape, out["a"].dtype, float(out["a"])) == ((), torch.bfloat16, 2.0)
+    assert float(g) == (2.0 if donate else 8.0)
 
 
 def test_empty_leaf_and_integer_weight() -> None:
