@@ -2,7 +2,8 @@
 
 No function of fstep reads a global random state. A key is one 64-bit number; element i of a draw is a hash of (key, i),
 so that a draw has the same bits on every device, under `vmap` and `torch.compile`, and does not depend on what was drawn
-before. The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+before. (`normal` takes a logarithm and a cosine, whose last digits are the device's.) The hash is SplitMix64 (Steele, Lea
+and Flood, "Fast splittable pseudorandom number generators", 2014).
 """
 
 from __future__ import annotations
@@ -38,6 +39,20 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def _hide(x: Tensor, data: Tensor) -> Tensor:
+    """Return ``x``, in a way that the compiler cannot see through.
+
+    What is known when compiling (an index, a constant) inductor computes in Python's integers or in 32 bits. The hash needs
+    products that wrap around at 64 bits, as those of loaded data do.
+    """
+    return (x ^ data) ^ data
+
+
+def _require_float(draw: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(f"Key.{draw}: dtype is {dtype}; pass a floating-point dtype, or draw whole numbers with bits")
+
+
 @pytree
 class Key:
     """A source of random numbers that is a value: using it twice gives the same numbers twice.
@@ -70,12 +85,12 @@ class Key:
                     f"Key.fold_in: number is a tensor of {number.dtype} and shape {tuple(number.shape)}; pass an int or a "
                     "0-d integer tensor, and use vmap for many keys at once"
                 )
-            spread: Tensor | int = number.to(torch.int64) * _FOLD  # wraps around at 64 bits
+            n = number
         else:
             if not isinstance(number, int) or isinstance(number, bool):
                 raise TypeError(f"Key.fold_in: number is {number!r}; pass an int or a 0-d integer tensor")
-            spread = _i64(number * _FOLD % (1 << 64))
-        return Key(_mix(self.data ^ _mix(spread + torch.zeros_like(self.data))))
+            n = torch.full_like(self.data, number if -(1 << 63) <= number < 1 << 63 else _i64(number % (1 << 64)))
+        return Key(_mix(self.data ^ _mix(_hide(n, self.data) * _FOLD)))
 
     def split(self, num: int) -> tuple[Key, ...]:
         """Derive ``num`` independent keys."""
@@ -85,12 +100,14 @@ class Key:
         """Draw 64 random bits an element, as int64."""
         shape = tuple(shape)
         counter = torch.arange(1, math.prod(shape) + 1, device=device or self.data.device)
-        return _mix(self.data.to(counter.device) + counter * _GAMMA).reshape(shape)
+        data = self.data.to(counter.device)
+        return _mix(data + _hide(counter, data) * _GAMMA).reshape(shape)
 
     def uniform(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> Tensor:
         """Draw from [0, 1): multiples of 2^-p, p the digits of ``dtype`` (8 in bfloat16, 24 in float32)."""
+        _require_float("uniform", dtype)
         # More digits than the dtype has would round some draws up to 1.
         bits = 1 - round(math.log2(torch.finfo(dtype).eps))
         return (_shift(self.bits(shape, device=device), 64 - bits).to(torch.float64) * 2.0**-bits).to(dtype)
@@ -99,6 +116,7 @@ class Key:
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> Tensor:
         """Draw from the standard normal distribution (Box and Muller, 1958)."""
+        _require_float("normal", dtype)
         radius_key, angle_key = self.split(2)
         wide = torch.promote_types(dtype, torch.float32)
         radius = radius_key.uniform(shape, dtype=wide, device=device)

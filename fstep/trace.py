@@ -22,7 +22,8 @@ def in_transform() -> bool:
     >>> fstep.in_transform(), torch.func.vmap(lambda x: x * fstep.in_transform())(torch.ones(2))
     (False, tensor([1., 1.]))
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # Of the ways to ask, the one that torch.compile answers too: to others it says yes whatever is the case.
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def is_recording(*trees: Any) -> bool:

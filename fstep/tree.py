@@ -88,6 +88,18 @@ def pytree(cls: type[T]) -> type[T]:
     return cls
 
 
+def check_type(function: str, argument: str, value: Any, wanted: type | tuple[type, ...], fix: str) -> None:
+    """Raise TypeError, naming function, argument, what was given and what to pass, unless the type is right."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; pass {fix}")
+
+
+def check_callable(function: str, argument: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; pass a function")
+
+
 def path_name(path: Iterable[Any]) -> str:
     """Write a path as its keys joined by dots."""
     return ".".join(str(key) for key in path)
@@ -259,3 +271,6 @@ class Tied:
     """
 
     to: str = static()
+
+    def __post_init__(self) -> None:
+        check_type("Tied", "to", self.to, str, 'the path of a parameter, e.g. Tied("embed")')

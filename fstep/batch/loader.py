@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fstep.key import Key
-from fstep.tree import pytree
+from fstep.tree import check_type, pytree
 
 
 @pytree
@@ -44,6 +44,7 @@ def draw_documents(position: DataPosition, *, num: int, of: int, key: Key | None
     >>> rows, fstep.draw_documents(position, num=3, of=4)[0]
     (tensor([0, 1, 2]), tensor([3, 0, 1]))
     """
+    check_type("draw_documents", "position", position, DataPosition, "state.data, or DataPosition.start()")
     if num < 1 or of < 1:
         raise ValueError(f"draw_documents: num={num} and of={of}; pass 1 or more for both")
     epoch, index = int(position.epoch), int(position.index)

@@ -2,13 +2,16 @@
 
     documents   5 3 3 2 2 1      max_tokens=8   ->   5 3 | 3 2 2 1
 
-What is computed on each part adds up: the loss is a `Ratio`, so any split gives the same loss and gradients.
+What is computed on each part adds up: the loss is a `Ratio`, so any split gives the same loss and gradients. The same goes
+for `divide_documents`, which gives each rank its part of a batch.
 """
 
 from __future__ import annotations
 
 from fstep.batch.batch import Docs, select_documents
 from fstep.batch.plan import Bins, plan_balanced, plan_first_fit
+from fstep.mesh.axis import Axis
+from fstep.tree import check_type
 
 
 def _fewest_balanced(lengths: list[int], max_tokens: int) -> Bins:
@@ -18,6 +21,25 @@ def _fewest_balanced(lengths: list[int], max_tokens: int) -> Bins:
         return plan_balanced(lengths, max(len(bins), 1), lengths=lengths, capacity=max_tokens)
     except ValueError:  # so full that evening out does not fit
         return bins
+
+
+def divide_documents(batch: Docs, *, axis: Axis) -> Docs:
+    """Return this rank's documents of ``batch``, with about as many tokens as every other rank's of ``axis``.
+
+    Input: replicated over ``axis``, so that the documents of a step are the same for every mesh; output: a shard of it.
+    Every rank makes the same plan, and nothing is communicated. With fewer documents than ranks some have none: they take
+    part in the step with weight 0.
+
+    >>> import fstep
+    >>> docs = fstep.make_docs([[1] * 5, [2] * 3, [3] * 3])
+    >>> fstep.simulate(lambda mesh: fstep.divide_documents(docs, axis=mesh.dp).lengths.tolist(), dp=2)
+    [[5], [3, 3]]
+    """
+    check_type("divide_documents", "batch", batch, Docs, "what make_docs returns")
+    check_type("divide_documents", "axis", axis, Axis, "an axis of the mesh, e.g. mesh.dp")
+    if axis.size == 1:
+        return batch
+    return select_documents(batch, plan_balanced(batch.lengths, axis.size)[axis.rank])
 
 
 def split_microbatches(
@@ -37,6 +59,7 @@ def split_microbatches(
     >>> [part.lengths.tolist() for part in fstep.split_microbatches(docs, max_tokens=8)]
     [[5, 2, 1], [3, 3, 2]]
     """
+    check_type("split_microbatches", "batch", batch, Docs, "what make_docs returns")
     if (num is None) == (max_tokens is None):
         raise ValueError(f"split_microbatches: num={num} and max_tokens={max_tokens}; pass exactly one of them")
     if multiple_of < 1:
@@ -54,5 +77,5 @@ def split_microbatches(
                 f"split_microbatches: document {int(batch.index[longest])} needs {max(lengths)} tokens (with multiple_of="
                 f"{multiple_of}) and max_tokens is {max_tokens}; raise max_tokens or cut the document"
             )
-        bins = _fewest_balanced(lengths, max_tokens) or ((),)
+        bins = _fewest_balanced(lengths, max_tokens)
     return tuple(select_documents(batch, b) for b in bins)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fstep.batch.batch import Docs, check_sizes, ragged_index
 from fstep.batch.packed import IGNORE, Packed
-from fstep.tree import tree_map
+from fstep.tree import check_type, tree_map
 
 
 def _starts(lengths: Tensor) -> Tensor:
@@ -39,6 +39,9 @@ def pack_thd(batch: Docs, *, multiple_of: int = 1, length: int | None = None) ->
     >>> packed.cu_seqlens, packed.cu_seqlens_padded
     (tensor([0, 3, 5], dtype=torch.int32), tensor([0, 4, 8], dtype=torch.int32))
     """
+    check_type("pack_thd", "batch", batch, Docs, "what make_docs returns")
+    check_type("pack_thd", "multiple_of", multiple_of, int, "a whole number")
+    check_type("pack_thd", "length", length, (int, type(None)), "a whole number, or None")
     if multiple_of < 1:
         raise ValueError(f"pack_thd: multiple_of is {multiple_of}; pass 1 or more")
     if length is not None and (length < 1 or length % multiple_of):
@@ -110,6 +113,7 @@ def unpack_thd(packed: Packed) -> Docs:
     >>> fstep.unpack_thd(fstep.pack_thd(docs, multiple_of=4)).tokens
     tensor([5, 6, 7, 8, 9])
     """
+    check_type("unpack_thd", "packed", packed, Packed, "what pack_thd returns")
     lengths, places = _real(packed)
     lengths = lengths[: len(packed.index)]
     starts = lengths.cumsum(0) - lengths
@@ -138,6 +142,8 @@ def split_documents(values: Any, packed: Packed) -> tuple[Any, ...]:
     >>> fstep.split_documents(packed.positions, packed)
     (tensor([0, 1, 2]), tensor([0, 1]))
     """
+    check_type("split_documents", "packed", packed, Packed, "what pack_thd returns")
+    check_type("split_documents", "values", values, Tensor, "a tensor with one entry a place")
     if len(values) != len(packed.tokens):
         raise ValueError(
             f"split_documents: values has {len(values)} entries for {len(packed.tokens)} places; give one a place"

@@ -29,6 +29,11 @@ class Packed:
     ``tokens, labels, positions`` are int64 [T], ``weights`` floating [T], ``cu_seqlens, cu_seqlens_padded`` int32 [D+1].
     ``targets`` are aligned with ``labels`` (place t holds the value about predicting token t+1), ``inputs`` with
     ``tokens``. ``max_seqlen`` is the longest document with its padding.
+
+    >>> import fstep
+    >>> packed = fstep.pack_thd(fstep.make_docs([[5, 6, 7], [8, 9]]))
+    >>> isinstance(packed, fstep.Packed), packed.positions, packed.max_seqlen
+    (True, tensor([0, 1, 2, 0, 1]), 3)
     """
 
     max_seqlen: int = static()

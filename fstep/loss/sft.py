@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fstep.ratio import Ratio
+from fstep.tree import check_type
 
 
 def sft_loss(logprobs: Tensor, weights: Tensor) -> Ratio:
@@ -21,6 +22,8 @@ def sft_loss(logprobs: Tensor, weights: Tensor) -> Ratio:
     >>> fstep.sft_loss(torch.tensor([-1.0, -3.0, -torch.inf]), torch.tensor([1.0, 1.0, 0.0])).mean()
     tensor(2.)
     """
+    check_type("sft_loss", "logprobs", logprobs, Tensor, "a tensor of log probabilities")
+    check_type("sft_loss", "weights", weights, Tensor, "a tensor of weights")
     if logprobs.shape != weights.shape:
         raise ValueError(
             f"sft_loss: logprobs have shape {tuple(logprobs.shape)}, weights {tuple(weights.shape)}; give one weight a token"
