@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fstep.ratio import Ratio
 from fstep.trace import in_transform, is_recording
-from fstep.tree import tree_leaves, tree_map, tree_map_with_path, tree_merge, tree_replace_leaves
+from fstep.tree import check_callable, tree_leaves, tree_map, tree_map_with_path, tree_merge, tree_paths, tree_replace_leaves
 
 Predicate = Callable[[str], bool]
 
@@ -49,7 +49,12 @@ def split_trainable(params: Any, trainable: Predicate | None = None) -> tuple[An
         return chosen[path]
 
     mask = tree_map_with_path(choose, params)
-    if chosen and not any(chosen.values()):
+    if not any(chosen.values()):
+        if not chosen or trainable is None:
+            raise ValueError(
+                f"split_trainable: none of {len(chosen)} leaves is a floating-point tensor, so there is nothing to "
+                "differentiate; pass a tree of parameters, and let the function close over the rest"
+            )
         raise ValueError(
             f"split_trainable: none of the {len(chosen)} leaves is trainable; paths look like {sorted(chosen)[:4]}, and "
             "`trainable` must be true for at least one"
@@ -59,13 +64,20 @@ def split_trainable(params: Any, trainable: Predicate | None = None) -> tuple[An
     return pick, rest
 
 
-def _objective(function: str, value: Any) -> Tensor:
+def refuse_inference_mode(function: str) -> None:
+    """Raise where torch records nothing, and every gradient would silently be zero."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{function}: torch.inference_mode allows no gradients; use torch.no_grad around this call")
+
+
+def objective(function: str, value: Any) -> Tensor:
     """Return the scalar to differentiate: of a Ratio, its sum."""
     scalar = value.num if isinstance(value, Ratio) else value
     if not isinstance(scalar, Tensor):
+        what = type(value).__name__ if scalar is value else f"{type(value).__name__} of {type(scalar).__name__}"
         raise TypeError(
-            f"{function}: the function returned a {type(value).__name__}; return a 0-d tensor or a Ratio, and with "
-            "has_aux=True a pair of that and anything else"
+            f"{function}: the function returned a {what}; return a 0-d tensor or a Ratio of two, and with has_aux=True a "
+            "pair of that and anything else"
         )
     if scalar.dim() != 0:
         raise ValueError(f"{function}: the function returned shape {tuple(scalar.shape)}; sum it to a 0-d tensor")
@@ -101,6 +113,10 @@ def read_grads(leaves: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x, requires_grad=False) if x.grad is None else x.grad for x in leaves]
 
 
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(x.shape) for path, x in zip(tree_paths(tree), tree_leaves(tree), strict=True)}
+
+
 def _tensor_aux(call: Callable[..., tuple[Any, Any]], seen: list[Any]) -> Callable[..., tuple[Any, list[Tensor]]]:
     """Let ``call`` return any auxiliary tree under torch.func, which takes tensors only: the tree goes to ``seen``."""
 
@@ -133,19 +149,27 @@ def value_and_grad(
     of them if ``argnums`` is one). A leaf that f does not use has gradient zero; a leaf that is not floating-point, or
     that ``trainable(path)`` refuses, has ``None``.
 
-    Raises TypeError or ValueError if f does not return a scalar.
+    Raises TypeError or ValueError if f does not return a scalar, ValueError if ``argnums`` or ``trainable`` choose nothing,
+    TypeError if they choose a leaf that is not floating-point, and RuntimeError inside `torch.inference_mode`.
 
     >>> import torch, fstep
     >>> f = lambda params, x: (params["w"] * x).sum() ** 2
     >>> fstep.value_and_grad(f)({"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 4.0]))
     (tensor(121.), {'w': tensor([66., 88.])})
     """
+    check_callable("value_and_grad", "f", f)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not numbers:
+        raise ValueError("value_and_grad: argnums is empty; pass the number of at least one argument")
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         for n in numbers:
             if not -len(args) <= n < len(args):
-                raise ValueError(f"value_and_grad: argnums {n}, but the function was called with {len(args)} arguments")
+                raise ValueError(
+                    f"value_and_grad: argnums {n}, but the function was called with {len(args)} positional arguments"
+                )
+        if len({n % len(args) for n in numbers}) < len(numbers):
+            raise ValueError(f"value_and_grad: argnums {numbers} names an argument twice; name each once")
         pairs = [split_trainable(args[n], trainable) for n in numbers]
         picked = tuple(pick for pick, _ in pairs)
 
@@ -157,7 +181,7 @@ def value_and_grad(
             if has_aux and not (isinstance(out, tuple) and len(out) == 2):
                 raise TypeError("value_and_grad: with has_aux=True the function must return (value, aux)")
             value, aux = out if has_aux else (out, None)
-            return _objective("value_and_grad", value), (value, aux)
+            return objective("value_and_grad", value), (value, aux)
 
         values = tree_leaves(picked)
         if in_transform():
@@ -166,6 +190,7 @@ def value_and_grad(
             flat, (_, tensors) = take(*values)
             value, aux = _restore(seen, tensors)
         else:
+            refuse_inference_mode("value_and_grad")
             recording = is_recording(args, kwargs)
             with torch.enable_grad():
                 leaves = [private_leaf(x, recording) for x in values]
@@ -192,11 +217,14 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
     long as ``vjp_fn`` does. This is the two-phase form: run the model, let somebody else's loss look at the output, and
     pull back the gradient it returns.
 
+    Raises ValueError for a primal without a floating-point leaf, and for cotangents that are not like the output.
+
     >>> import torch, fstep
     >>> y, pull = fstep.vjp(lambda x: x**2, torch.tensor([1.0, 3.0]))
     >>> y, pull(torch.tensor([1.0, 10.0]))
     (tensor([1., 9.]), (tensor([ 2., 60.]),))
     """
+    check_callable("vjp", "f", f)
     if not primals:
         raise ValueError("vjp: no primals given; pass the arguments to differentiate, vjp(f, x)")
     pairs = [split_trainable(p) for p in primals]
@@ -216,6 +244,7 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         inner = (lambda cotangents: tree_replace_leaves(picked, pull_leaves(cotangents)),)
         return (output, *inner, _restore(seen, kept)) if has_aux else (output, *inner)
 
+    refuse_inference_mode("vjp")
     recording = is_recording(primals)
     with torch.enable_grad():
         leaves = [private_leaf(x, recording) for x in values]
@@ -225,11 +254,8 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
 
     def pull(cotangents: Any) -> Any:
         given = tree_leaves(cotangents)
-        if [tuple(c.shape) for c in given] != [tuple(t.shape) for t in tensors]:
-            raise ValueError(
-                f"vjp: cotangents have shapes {[tuple(c.shape) for c in given]}, the output has "
-                f"{[tuple(t.shape) for t in tensors]}; pass a tree like the output"
-            )
+        if (got := _shapes(cotangents)) != (want := _shapes(output)):
+            raise ValueError(f"vjp: cotangents have shapes {got}, the output has {want}; pass a tree like the output")
         graph = [(t, c) for t, c in zip(tensors, given, strict=True) if t.requires_grad]
         again = recording or is_recording(cotangents)
         if not graph:

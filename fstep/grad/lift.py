@@ -7,6 +7,7 @@ apply(params, *inputs)  ==  module(*inputs)      and the module itself is never 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -26,16 +27,37 @@ def _draws_random(module: nn.Module) -> str | None:
     return None
 
 
+def _skeleton(module: nn.Module) -> nn.Module:
+    """Copy a module without its parameters: what is left of them are shapes.
+
+    torch.utils.checkpoint inside a forward runs it again in the backward pass, after `functional_call` has put the module's
+    own parameters back, and would silently use their values. Here there are none to use.
+    """
+    for name, part in module.named_modules():
+        if part.training and getattr(part, "gradient_checkpointing", False):  # transformers' name for it
+            raise ValueError(
+                f"lift: {name or type(part).__name__!r} has gradient checkpointing on, which computes with the module's own "
+                "parameters again; turn it off, and wrap the function in fstep.remat"
+            )
+    meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    return deepcopy(module, meta)
+
+
+def _random_states(devices: list[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+
 def lift(module: nn.Module, *, copy: bool = True) -> tuple[dict[str, Tensor], Callable[..., Any]]:
     """Return ``(params, apply)`` with ``apply(params, *args, **kwargs) == module(*args, **kwargs)``, and pure.
 
     ``params`` maps the module's parameter names to tensors (parameters that are one in the module are one here); with
-    ``copy=False`` they share its memory, which a donated update would then write to. Buffers are taken as they are at the
-    time of lifting; a forward that updates its buffers (batch norm in training mode) updates copies that are dropped. A
-    module that draws random numbers (dropout in training mode) needs ``apply(params, ..., key=key)``, and draws the same
-    numbers for the same key.
+    ``copy=False`` they share its memory, which a donated update would then write to. Everything else is taken as it is at
+    the time of lifting, training mode and buffers too; a forward that updates its buffers (batch norm in training mode)
+    updates copies that are dropped. A module that draws random numbers (dropout in training mode) needs
+    ``apply(params, ..., key=key)``, and draws the same numbers for the same key.
 
-    Raises ValueError if a key is needed and not given.
+    Raises ValueError if a key is needed and not given, if params are not the module's, and for a transformers model with
+    gradient checkpointing.
 
     >>> import torch, fstep
     >>> module = torch.nn.Linear(2, 1, bias=False)
@@ -49,17 +71,28 @@ def lift(module: nn.Module, *, copy: bool = True) -> tuple[dict[str, Tensor], Ca
         raise TypeError(f"lift: got a {type(module).__name__}; pass an nn.Module")
     params = {name: p.detach().clone() if copy else p.detach() for name, p in module.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    random = _draws_random(module)
+    names, random, skeleton = frozenset(params), _draws_random(module), _skeleton(module)
 
     def apply(params: dict[str, Tensor], *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
+        if wrong := sorted(names ^ params.keys()):
+            raise ValueError(f"lift: params do not have the module's names; {wrong[:4]} are in one of the two only")
         if random is not None and key is None:
             raise ValueError(f"lift: {random!r} draws random numbers; pass apply(..., key=key), or lift module.eval()")
         state = {**params, **{name: b.clone() for name, b in buffers.items()}}
-        if random is None or key is None:
-            return functional_call(module, state, args, kwargs)
+        if key is None and torch.compiler.is_compiling():
+            return functional_call(skeleton, state, args, kwargs)
         devices = sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(key.data) % (1 << 63))
-            return functional_call(module, state, args, kwargs)
+        if key is not None:
+            with torch.random.fork_rng(devices=devices):
+                seed = int(key.data) % (1 << 63)
+                torch.default_generator.manual_seed(seed)
+                for d in devices:
+                    torch.cuda.default_generators[d].manual_seed(seed)
+                return functional_call(skeleton, state, args, kwargs)
+        before = _random_states(devices)
+        out = functional_call(skeleton, state, args, kwargs)
+        if not all(map(torch.equal, before, _random_states(devices))):
+            raise ValueError("lift: the forward drew random numbers; pass apply(..., key=key), or lift module.eval()")
+        return out
 
     return params, apply

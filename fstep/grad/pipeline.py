@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fstep.grad.autodiff import (
     Predicate,
@@ -22,13 +23,14 @@ from fstep.grad.autodiff import (
     detach,
     private_leaf,
     read_grads,
+    refuse_inference_mode,
     split_trainable,
     value_and_grad,
 )
 from fstep.mesh.axis import Axis, require_single
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
-from fstep.tree import tree_leaves, tree_map, tree_merge, tree_replace_leaves
+from fstep.tree import check_callable, check_type, tree_leaves, tree_map, tree_merge, tree_replace_leaves
 
 Metrics = dict[str, Ratio]
 Loss = Ratio | tuple[Ratio, Metrics]
@@ -52,18 +54,32 @@ def _run(stage_fn: Callable, loss_fn: Callable, params: Any, microbatch: Any) ->
             f"pp_forward_backward: loss_fn returned a {type(out).__name__}; return Ratio(sum, weight), or a pair of that "
             "and a dict of named Ratios"
         )
+    for name, ratio in (("the loss", loss), *metrics.items(), *aux.items()):
+        for part in (ratio.num, ratio.den):
+            if not isinstance(part, Tensor) or part.dim():
+                what = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+                raise TypeError(f"pp_forward_backward: {name} is a Ratio with a part of {what}; sum it to a 0-d tensor")
     if both := sorted(aux.keys() & metrics.keys()):
         raise ValueError(f"pp_forward_backward: {both} are names of auxiliary losses and of metrics; rename one of each")
     num = loss.num + sum(r.num for r in aux.values()) if aux else loss.num
-    # The weight comes from the batch; it is no function of the params.
-    return Ratio(num, loss.den.detach()), {**metrics, **aux}
+    return Ratio(num, loss.den), {**metrics, **aux}
 
 
 def _add(a: Any, b: Any) -> Any:
     return b if a is None else tree_map(torch.add, a, b)
 
 
+def _add_pair(total: tuple[Ratio, Metrics] | None, pair: tuple[Ratio, Metrics]) -> tuple[Ratio, Metrics]:
+    if total is not None and total[1].keys() != pair[1].keys():
+        raise ValueError(
+            f"pp_forward_backward: a microbatch has metrics {sorted(pair[1])} and the first has {sorted(total[1])}; give "
+            "all of them the same, a Ratio of zeros where there is nothing"
+        )
+    return _add(total, pair)
+
+
 def _check(function: str, microbatches: Any, axis: Axis, schedule: str) -> None:
+    check_type(function, "axis", axis, Axis, "an axis of the mesh, e.g. mesh.pp")
     require_single(function, axis)
     if schedule not in SCHEDULES:
         raise ValueError(f"{function}: schedule {schedule!r} is unknown; pass one of {', '.join(SCHEDULES)}")
@@ -93,6 +109,10 @@ def pp_forward_backward(
     gradients are those of the summed ``num``, undivided: `finalize_grads` divides. A leaf that ``trainable(path)`` refuses
     has gradient ``None``.
 
+    Raises TypeError or ValueError, naming the fix, for a loss that is no Ratio of 0-d tensors, metrics that differ from
+    microbatch to microbatch or clash with an auxiliary loss, no microbatches, an unknown schedule; NotImplementedError for
+    an axis of more than one rank.
+
     Inputs: params and microbatches of this rank's stage. Outputs, on an axis of size 1: the loss and gradients of the whole
     model.
 
@@ -103,6 +123,8 @@ def pp_forward_backward(
     >>> fstep.pp_forward_backward(stage, loss, params, [torch.tensor([1.0, 2.0]), torch.tensor([1.0])])
     (Ratio(num=tensor(54.), den=tensor(3.)), {'w': tensor(36.)})
     """
+    check_callable("pp_forward_backward", "stage_fn", stage_fn)
+    check_callable("pp_forward_backward", "loss_fn", loss_fn)
     _check("pp_forward_backward", microbatches, axis, schedule)
     total: Any = None
 
@@ -111,8 +133,9 @@ def pp_forward_backward(
         take = value_and_grad(lambda p, mb: _run(stage_fn, loss_fn, p, mb), has_aux=True, trainable=trainable)
         for microbatch in microbatches:
             pair, new = take(params, microbatch)
-            total, grads = _add(total, pair), _add(grads, new)
+            total, grads = _add_pair(total, pair), _add(grads, new)
     else:
+        refuse_inference_mode("pp_forward_backward")
         pick, rest = split_trainable(params, trainable)
         with torch.enable_grad():
             leaves = [private_leaf(x, recording=False) for x in tree_leaves(pick)]
@@ -120,7 +143,7 @@ def pp_forward_backward(
             for microbatch in microbatches:
                 pair = _run(stage_fn, loss_fn, private, microbatch)
                 backward_into([pair[0].num], None, leaves)
-                total = _add(total, detach(pair))
+                total = _add_pair(total, detach(pair))
         grads = tree_replace_leaves(pick, read_grads(leaves))
 
     loss, metrics = total
@@ -146,6 +169,8 @@ def pp_forward(
     >>> fstep.pp_forward(stage, lambda p, x, mb: x.sum(), {"w": torch.tensor(3.0)}, [torch.ones(2), torch.ones(1)])
     (tensor(6.), tensor(3.))
     """
+    check_callable("pp_forward", "stage_fn", stage_fn)
+    check_callable("pp_forward", "fn", fn)
     _check("pp_forward", microbatches, axis, schedule)
     results = []
     with torch.no_grad():

@@ -27,7 +27,7 @@ def remat(f: Callable[P, R], policy: Policy = "full") -> Callable[P, R]:
     operations such as ``[torch.ops.aten.mm.default]``, whose results are kept while the rest is computed again. Inside a
     torch.func transform, where torch cannot rematerialise, f runs as it is. Wrap a block first and compile the result.
 
-    Raises ValueError for any other word.
+    Raises ValueError for any other word, TypeError for what is not an operation.
 
     >>> import torch, fstep
     >>> block = fstep.remat(lambda x: x.sin().cos())
@@ -41,7 +41,15 @@ def remat(f: Callable[P, R], policy: Policy = "full") -> Callable[P, R]:
             raise ValueError(f"remat: policy {policy!r} is unknown; pass 'none', 'full' or a list of operations to keep")
         wrap: Callable[..., Any] = partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False)
     else:
-        kept = list(policy)
+        try:
+            kept = list(policy)
+            # torch's check of each, now and not in the first forward
+            create_selective_checkpoint_contexts(kept)  # type: ignore[no-untyped-call]
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"remat: policy {policy!r} is no list of operations; pass 'none', 'full' or e.g. "
+                f"[torch.ops.aten.mm.default] ({error})"
+            ) from error
         wrap = partial(
             checkpoint,
             f,

@@ -32,7 +32,7 @@ def _documents(cu: Tensor, tokens: int) -> list[tuple[int, int]]:
     at = cu.tolist()
     if at[:1] != [0] or at[-1] != tokens or at != sorted(at):
         raise ValueError(
-            f"packed_attention: cu_seqlens run from {at[0] if at else None} to {at[-1] if at else None} for {tokens} tokens; "
+            f"packed_attention: cu_seqlens are {at if len(at) < 6 else [*at[:2], '...', *at[-2:]]} for {tokens} tokens; "
             "they rise from 0 to the number of tokens: pass packed.cu_seqlens_padded"
         )
     return [(a, b) for a, b in pairwise(at) if b > a]
@@ -51,7 +51,8 @@ def _attend_math(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, window: int, scale
     T, H = q.shape[:2]
     k, v = _repeat_heads(k, H), _repeat_heads(v, H)
     place = torch.arange(T, device=q.device)
-    document = torch.searchsorted(cu.to(place.dtype), place, right=True)
+    # cu[0] is 0; adding it lets vmap batch both alike.
+    document = torch.searchsorted(cu.to(place.dtype), place + cu[0], right=True)
     back = place[:, None] - place
     seen = (document[:, None] == document) & (back >= 0)
     if window:

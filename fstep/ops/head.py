@@ -17,6 +17,7 @@ from torch import Tensor
 from fstep.batch.packed import IGNORE
 from fstep.ops.layers import check_ids
 from fstep.trace import in_transform
+from fstep.tree import check_type
 
 CHUNK_BYTES = 1 << 28  # of one chunk's logits
 
@@ -38,8 +39,8 @@ def head_logits(hidden: Tensor, weight: Tensor, *, temperature: float = 1.0) -> 
 def _check(function: str, hidden: Tensor, weight: Tensor, temperature: float) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
-            f"{function}: hidden is {hidden.dtype} {tuple(hidden.shape)} and weight {weight.dtype} {tuple(weight.shape)}; they "
-            "are [tokens, dim] and [vocab, dim], of one dtype"
+            f"{function}: hidden is {hidden.dtype} {tuple(hidden.shape)} and weight {weight.dtype} {tuple(weight.shape)}; "
+            "they are [tokens, dim] and [vocab, dim], of one dtype"
         )
     if isinstance(temperature, Tensor):
         raise TypeError(f"{function}: temperature is a tensor, and no gradient reaches it; pass a number")
@@ -88,7 +89,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if entropy:
                 logp_all = logits.sub_(lse[:, None])
                 out[1][at] = torch.where(counted, -(logp_all.exp() * logp_all).sum(-1), 0)
-        return out[0], out[1] if entropy else out[1].zero_(), out[2]
+        return out[0], out[1], out[2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -165,11 +166,13 @@ def token_logprobs(
     >>> fstep.token_logprobs(torch.zeros(2, 1), weight, torch.tensor([1, -100]))
     tensor([-0.6931,  0.0000])
     """
+    for name, x in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        check_type("token_logprobs", name, x, Tensor, "a tensor")
     _check("token_logprobs", hidden, weight, temperature)
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(
-            f"token_logprobs: hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not fit; they are [tokens, dim] "
-            "and [tokens]"
+            f"token_logprobs: hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not fit; they are "
+            "[tokens, dim] and [tokens]"
         )
     if in_transform():
         logp, ent, _ = _logprobs(hidden, weight, labels, temperature)

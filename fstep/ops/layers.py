@@ -25,8 +25,8 @@ def check_ids(function: str, what: str, ids: Tensor, vocab: int, *, ignore: int 
         bad &= ids != ignore
     if bad.any():
         raise ValueError(
-            f"{function}: {what} {int(ids[bad][0])} at place {int(bad.nonzero()[0, 0])} is not in the vocabulary of {vocab}; "
-            "ids come from the tokenizer that the model was made for"
+            f"{function}: {what} {int(ids[bad][0])} at place {int(bad.nonzero()[0, 0])} is not in the vocabulary of "
+            f"{vocab}; ids come from the tokenizer that the model was made for"
         )
 
 
