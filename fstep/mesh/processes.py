@@ -1,0 +1,284 @@
+"""The transport of real ranks: processes, between which torch.distributed moves tensors.
+
+    gloo    CPU tensors. What gloo leaves unchecked is checked here: each call compares what the ranks call, each message
+            is preceded by what it is. Sums are added in the order of ranks: the same bits as in `simulate`.
+    NCCL    GPU tensors. One communicator per axis for calls of all ranks and one per channel for messages, so that
+            traffic of one kind never waits for another's. Nothing is checked, since checking would stop the GPU.
+
+Notes (small Python values) always go through gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fstep.mesh.transport import CHANNELS, Done, MeshError, Pending, Transport, check_channel, combine, kind, signature
+from fstep.mesh.wire import (
+    TEXT,
+    Place,
+    Unpickled,
+    Working,
+    as_bytes,
+    as_text,
+    explain,
+    gather_into,
+    read_text,
+    scatter_sum_into,
+)
+
+
+@dataclass
+class Processes:
+    """The groups that this process has joined."""
+
+    place: Place
+    groups: dict[tuple[int, ...], ProcessTransport] = field(default_factory=dict)
+
+    def transport(self, name: str, ranks: tuple[int, ...]) -> ProcessTransport:
+        """Return what this rank uses to talk to ``ranks``; the first time, all of them make the groups together."""
+        if ranks not in self.groups:
+            nccl = self.place.backend == "nccl"
+            with explain(f"making the process groups of axis {name!r}", self.place, ranks):
+                main = self._group(ranks, self.place.backend, name)
+                channels = [self._group(ranks, "nccl", f"{name} {c}") if nccl else main for c in CHANNELS]
+                notes = self._group(ranks, "gloo", f"{name} notes") if nccl else main
+            self.groups[ranks] = ProcessTransport(self, name, ranks, ranks.index(self.place.rank), main, channels, notes)
+        return self.groups[ranks]
+
+    def _group(self, ranks: tuple[int, ...], backend: str, description: str) -> Any:
+        import torch.distributed as dist
+
+        # Only the members take part, so that axes of different stages need not be made in step. The description is what
+        # NCCL's watchdog reports when it ends a process that waits for too long.
+        return dist.new_group(
+            list(ranks),
+            backend=backend,
+            timeout=datetime.timedelta(seconds=self.place.timeout),
+            use_local_synchronization=True,
+            group_desc=f"fstep axis {description}",
+        )
+
+    def close(self) -> None:
+        """Leave every group."""
+        import torch.distributed as dist
+
+        for transport in self.groups.values():
+            for group in {id(g): g for g in (transport.group, *transport.channels, transport.notes)}.values():
+                dist.destroy_process_group(group)
+        self.groups.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessTransport(Transport):
+    """One rank's end of the groups of an axis: ``group`` for calls of all ranks, ``channels`` and ``notes`` for messages."""
+
+    world: Processes
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    group: Any
+    channels: Sequence[Any]
+    notes: Any
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def native(self) -> bool:
+        """Whether the backend adds by itself and runs ahead of us."""
+        return self.world.place.backend == "nccl"
+
+    def explain(self, action: str) -> contextlib.AbstractContextManager[None]:
+        """Name this axis in errors."""
+        return explain(f"{action} over {self.name!r}", self.world.place, self.ranks)
+
+    def _label(self, rank: int) -> str:
+        return self.world.place.labels[self.ranks[rank]]
+
+    def _check(self, action: str, sign: str, x: Tensor) -> None:
+        """Compare what the ranks are about to call."""
+
+        if x.device.type != ("cuda" if self.native else "cpu"):
+            raise ValueError(
+                f"{action}: x is on {x.device}, and axis {self.name!r} talks through {self.world.place.backend}; move x, or "
+                "start the mesh with the other backend"
+            )
+        if self.native:
+            return
+        mine, all_texts = as_text(sign), torch.empty(self.size * TEXT, dtype=torch.uint8)
+        with self.explain(action):
+            gather_into(all_texts, mine, self.group, False)
+        for other, text in enumerate(all_texts.view(self.size, TEXT)):
+            if text.ne(mine).any():
+                raise MeshError(
+                    f"axis {self.name!r}: {self._label(self.rank)} calls {sign} and {self._label(other)} calls "
+                    f"{read_text(text)}; all ranks of an axis have to make the same calls in the same order"
+                )
+
+    def _run(self, action: str, out: Tensor, held: Any, start: Callable[[], Any]) -> Pending[Tensor]:
+        """Start an operation that fills ``out``."""
+        if not out.numel():
+            return Done(out)
+        with self.explain(action):
+            works = start()
+        return Working(
+            functools.partial(self.explain, action), works if isinstance(works, list) else [works], held, lambda: out
+        )
+
+    def _move(self, action: str, x: Tensor, out: Tensor, f: Callable[..., Any]) -> Pending[Tensor]:
+        """Start a call of torch.distributed that moves bytes and computes nothing."""
+        return self._run(action, out, x, lambda: f(as_bytes(out), as_bytes(x), group=self.group, async_op=True))
+
+    @override
+    def all_gather(self, x: Tensor, *, action: str) -> Pending[Tensor]:
+
+        self._check(action, signature(action, x), x)
+        return self._move(action, x, x.new_empty(self.size, *x.shape), gather_into)
+
+    @override
+    def all_to_all(self, x: Tensor, *, action: str) -> Pending[Tensor]:
+        import torch.distributed as dist
+
+        self._check(action, signature(action, x), x)
+        return self._move(action, x, torch.empty_like(x), dist.all_to_all_single)
+
+    @override
+    def all_reduce(self, x: Tensor, *, action: str, op: str = "sum") -> Pending[Tensor]:
+        import torch.distributed as dist
+
+        self._check(action, signature(action, x), x)
+        if self.native:
+            how, out = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, x.clone()
+            return self._run(action, out, None, lambda: dist.all_reduce(out, how, group=self.group, async_op=True))
+        # Each rank reduces one part and all gather the parts: gloo's own traffic, and our order of addition.
+        flat, each = x.reshape(-1), -(-x.numel() // self.size)
+        parts = torch.cat([flat, flat.new_zeros(each * self.size - flat.numel())]).view(self.size, each)
+        mine = combine(self._move(action, parts, torch.empty_like(parts), dist.all_to_all_single).wait().unbind(), op)
+        whole = self._move(action, mine, torch.empty_like(parts), gather_into).wait()
+        return Done(whole.view(-1)[: x.numel()].view(x.shape))
+
+    @override
+    def reduce_scatter(self, x: Tensor, *, action: str) -> Pending[Tensor]:
+        import torch.distributed as dist
+
+        self._check(action, signature(action, x), x)
+        if self.native:
+            out = x.new_empty(x.shape[1:])
+            return self._run(action, out, x, lambda: scatter_sum_into(out, x, self.group, True))
+        parts = self._move(action, x, torch.empty_like(x), dist.all_to_all_single).wait()
+        return Done(combine(parts.unbind(), "sum"))
+
+    @override
+    def broadcast(self, x: Tensor, src: int, *, action: str) -> Pending[Tensor]:
+        import torch.distributed as dist
+
+        self._check(action, signature(f"{action} from {src}", x), x)
+        out = x.clone()
+        return self._run(
+            action, out, None, lambda: dist.broadcast(as_bytes(out), self.ranks[src], group=self.group, async_op=True)
+        )
+
+    @override
+    def permute(self, x: Tensor, to: Sequence[int], *, action: str) -> Pending[Tensor]:
+        import torch.distributed as dist
+
+        self._check(action, signature(f"{action} to {list(to)}", x), x)
+        if to[self.rank] == self.rank:
+            return Done(x.clone())
+        out, src = torch.empty_like(x), list(to).index(self.rank)
+        ops = [
+            dist.P2POp(dist.isend, as_bytes(x), self.ranks[to[self.rank]], group=self.group),
+            dist.P2POp(dist.irecv, as_bytes(out), self.ranks[src], group=self.group),
+        ]
+        return self._run(action, out, x, lambda: dist.batch_isend_irecv(ops))
+
+    def _post(self, x: Tensor, dst: int, group: Any, tag: int) -> Any:
+        import torch.distributed as dist
+
+        return dist.isend(x, self.ranks[dst], group=group, tag=tag)
+
+    def _fetch(self, x: Tensor, src: int, group: Any, tag: int) -> Any:
+        import torch.distributed as dist
+
+        return dist.irecv(x, self.ranks[src], group=group, tag=tag)
+
+    def _message(self, what: str, x: Tensor, dst: int, group: Any, channel: str) -> Pending[None]:
+        """Send bytes; through gloo, preceded by what they are."""
+        tag, action = 1 + check_channel(self.name, channel), f"send (channel {channel!r}) to {self._label(dst)}"
+        buffers = [as_text(what)] if group is self.notes else []
+        buffers += [as_bytes(x)] if x.numel() else []
+        with self.explain(action):
+            works = [self._post(b, dst, group, tag) for b in buffers]
+        return Working(functools.partial(self.explain, action), works, (buffers, x), lambda: None)
+
+    @override
+    def send(self, x: Tensor, dst: int, *, channel: str) -> Pending[None]:
+        group = self.channels[check_channel(self.name, channel)]
+        return self._message(kind(x.dtype, x.shape), x.detach().contiguous(), dst, group, channel)
+
+    @override
+    def send_note(self, note: Any, dst: int, *, channel: str) -> Pending[None]:
+        x = torch.frombuffer(bytearray(pickle.dumps(note)), dtype=torch.uint8)
+        return self._message(f"a note of {x.numel()} bytes", x, dst, self.notes, channel)
+
+    def _announced(self, src: int, channel: str, then: Callable[[str], Tensor]) -> Pending[Any]:
+        """Receive through gloo: first the text, then the bytes that ``then`` makes room for."""
+        tag, action = 1 + check_channel(self.name, channel), f"recv (channel {channel!r}) from {self._label(src)}"
+        text = torch.empty(TEXT, dtype=torch.uint8)
+        with self.explain(action):
+            first = self._fetch(text, src, self.notes, tag)
+
+        def rest() -> Tensor:
+            out = then(read_text(text))
+            if out.numel():
+                with self.explain(action):
+                    self._fetch(as_bytes(out), src, self.notes, tag).wait()
+            return out
+
+        return Working(functools.partial(self.explain, action), [first], text, rest)
+
+    def _expect(self, src: int, channel: str, expected: str, sent: str) -> MeshError:
+        return MeshError(
+            f"recv over {self.name!r} (channel {channel!r}): {self._label(self.rank)} expects {expected} and "
+            f"{self._label(src)} sent {sent}"
+        )
+
+    @override
+    def recv(self, src: int, shape: Sequence[int], dtype: torch.dtype, *, channel: str) -> Pending[Tensor]:
+        number, expected = check_channel(self.name, channel), kind(dtype, shape)
+        if self.native:
+            out = torch.empty(tuple(shape), dtype=dtype, device="cuda")
+            action = f"recv (channel {channel!r}) from {self._label(src)}"
+            return self._run(action, out, None, lambda: self._fetch(as_bytes(out), src, self.channels[number], 0))
+
+        def then(sent: str) -> Tensor:
+            if sent != expected:
+                raise self._expect(src, channel, expected, sent)
+            return torch.empty(tuple(shape), dtype=dtype)
+
+        return self._announced(src, channel, then)
+
+    @override
+    def recv_note(self, src: int, *, channel: str) -> Pending[Any]:
+        def then(sent: str) -> Tensor:
+            if not sent.startswith("a note of "):
+                raise self._expect(src, channel, "a note", sent)
+            return torch.empty(int(sent.split()[3]), dtype=torch.uint8)
+
+        return Unpickled(self._announced(src, channel, then))
+
+    @override
+    def regroup(self, name: str, ranks: tuple[int, ...]) -> ProcessTransport:
+        return self.world.transport(name, ranks)
