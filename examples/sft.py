@@ -3,6 +3,7 @@
     python examples/sft.py                                              a tiny Qwen3 on made-up questions, on a laptop
     python examples/sft.py --model DIR --data chats.jsonl --out runs/x  a Hugging Face checkpoint on your chats
     python examples/sft.py ... --resume                                 go on where the last checkpoint stands
+    torchrun --nproc-per-node 2 examples/sft.py ...                     the same run, its documents divided over 2 ranks
 
 Each line of the data file is {"messages": [{"role": ..., "content": ...}, ...]}; the loss is on what the assistant says.
 The run writes metrics.jsonl, loss.png, checkpoints/ and, at the end, model/, which transformers can load.
@@ -12,8 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import fstep
-from fstep_models.chat import ChatError, chat_document
+from fstep_models.chat import ChatError, chat_documents
 from fstep_models.config import ConfigError, stored_dtype
 from fstep_models.dense import Config, Dense
 
@@ -49,12 +53,13 @@ def sft_step(
 def evaluate(
     params: Any, docs: fstep.Docs, *, model: Dense, mesh: fstep.Mesh, max_tokens: int, device: torch.device
 ) -> float:
-    """Return the mean loss over all tokens of ``docs``."""
+    """Return the mean loss over all tokens of ``docs``, of which each rank computes its part."""
+    docs = fstep.divide_documents(docs, axis=mesh.dp)
     batch = [fstep.to_device(fstep.pack_thd(mb), device) for mb in fstep.split_microbatches(docs, max_tokens=max_tokens)]
     ratios = fstep.pp_forward(
         model.stage(mesh), lambda p, x, mb: fstep.sft_loss(model.logprobs(p, x, mb), mb.weights), params, batch
     )
-    return float(sum(ratios[1:], ratios[0]).mean())
+    return float(fstep.psum(sum(ratios[1:], ratios[0]), axis=mesh.dp).mean())
 
 
 @torch.no_grad()
@@ -78,25 +83,48 @@ def tiny_model() -> Config:
 
 def read_chats(file: Path, tokenizer: Any, vocab: int, longest: int) -> fstep.Docs:
     """Read one conversation a line; those that cannot be used are counted and named, not silently lost."""
-    tokens, weights, left_out = [], [], []
+    tokens: list[list[int]] = []
+    weights: list[list[float]] = []
+    left_out: list[str] = []
     with file.open() as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                ids, w = chat_document(tokenizer, json.loads(line)["messages"])
-            except (ChatError, ValueError, KeyError, TypeError) as error:
-                sys.exit(f"{file}, line {number}: {type(error).__name__}: {error}")
-            if len(ids) > longest:
-                left_out.append(number)
+                record = json.loads(line)
+                if not isinstance(record, dict) or "messages" not in record:
+                    raise ValueError('a line is an object with "messages"')
+            except ValueError as error:
+                sys.exit(f"{file}, line {number}: {error}")
+            try:
+                found = chat_documents(tokenizer, record["messages"])
+            except ChatError as error:
+                left_out.append(f"line {number}: {error}")
                 continue
-            tokens.append(ids)
-            weights.append(w)
+            for ids, w in found:
+                if len(ids) > longest:
+                    left_out.append(f"line {number}: {len(ids)} tokens are more than --max-tokens {longest}")
+                else:
+                    tokens.append(ids)
+                    weights.append(w)
     if left_out:
-        print(f"{file}: left out {len(left_out)} conversations longer than --max-tokens {longest}: lines {left_out[:5]} ...")
+        print(f"{file}: left out {len(left_out)} conversations:", *left_out[:5], sep="\n  ", file=sys.stderr)
     if not tokens:
-        sys.exit(f"{file}: no conversation left to train on")
+        sys.exit(f"{file}: no conversation is left to train on")
     return fstep.make_docs(tokens, weights=weights, vocab_size=vocab)
+
+
+def check_same_run(a: argparse.Namespace, docs: fstep.Docs, write: bool) -> None:
+    """Refuse to resume with what would not be the same run: other data, another seed, other steps."""
+    file, crc = a.out / "run.json", zlib.crc32(docs.tokens.numpy().tobytes())
+    names = ("model", "seed", "batch", "steps", "lr", "max_tokens")
+    run = {**{n: str(getattr(a, n)) for n in names}, "documents": len(docs.lengths), "checksum of the tokens": crc}
+    if a.resume and file.exists():
+        before = json.loads(file.read_text())
+        if changed := [f"{n} was {before.get(n)}, is {v}" for n, v in run.items() if before.get(n) != v]:
+            sys.exit(f"--resume: {file} is another run: {'; '.join(changed)}; give the same arguments, or another --out")
+    elif write:
+        file.write_text(json.dumps(run, indent=2) + "\n")
 
 
 def draw_curve(metrics_file: Path, picture: Path) -> str:
@@ -108,7 +136,10 @@ def draw_curve(metrics_file: Path, picture: Path) -> str:
         import matplotlib.pyplot as plt
     except ImportError:
         return "no picture: pip install matplotlib draws the loss curve"
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    # A value that was not finite is null in the file, and a gap in the picture.
+    rows = [
+        {k: math.nan if v is None else v for k, v in json.loads(x).items()} for x in metrics_file.read_text().splitlines()
+    ]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(3, 1))
     top.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="tab:blue")
     top.set(ylabel="loss a token", yscale="log", title="training loss")
@@ -144,16 +175,24 @@ def arguments() -> argparse.Namespace:
     for name, path, there in (("model", a.model, Path.is_dir), ("data", a.data, Path.is_file)):
         if path is not None and not there(path):
             p.error(f"--{name} {path}: no such {'folder' if name == 'model' else 'file'}")
+    if a.lr is not None and not 0 <= a.lr < math.inf:
+        p.error(f"--lr {a.lr}: pass a number of 0 or more")
+    try:
+        torch.zeros(1, device=a.device)
+    except (RuntimeError, AssertionError) as error:
+        p.error(f"--device {a.device}: {error}")
     for name in ("steps", "batch", "max_tokens", "save_every"):
         if getattr(a, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more")
     return a
 
 
-def main() -> None:
-    """Train, and say what came of it."""
-    a = arguments()
-    device, key, mesh = torch.device(a.device), fstep.Key.seed(a.seed), fstep.Mesh()
+def train(a: argparse.Namespace, mesh: fstep.Mesh) -> None:
+    """Train, and say what came of it. Every rank runs this; the first one speaks and writes."""
+    lead = mesh.rank == 0
+    say = print if lead else lambda *_: None
+    device = torch.device(a.device, torch.cuda.current_device()) if a.device == "cuda" else torch.device(a.device)
+    key = fstep.Key.seed(a.seed)
     checkpoints, metrics_file = a.out / "checkpoints", a.out / "metrics.jsonl"
     if fstep.latest_step(checkpoints) is not None and not a.resume:
         sys.exit(f"{checkpoints} holds a run already: add --resume to go on with it, or give another --out")
@@ -182,6 +221,9 @@ def main() -> None:
         model = Dense(tiny_model())
         params = model.init(key.fold_in(0), device=device)
         prompt, stop, show = tinydata.encode("Which planet comes after Earth? "), {tinydata.END}, tinydata.decode
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much on a busy machine
+    check_same_run(a, docs, write=lead)
     half = torch.bfloat16 if device.type == "cuda" else None
     model = replace(model, dtype=half, remat=a.remat, compile=a.compile)
     optimizer = fstep.AdamW(weight_decay=0.01, decay=fstep.matrices)
@@ -192,36 +234,46 @@ def main() -> None:
     if a.resume:
         state = fstep.load_checkpoint(checkpoints, state)
         kept = metrics_file.read_text().splitlines()[: int(state.step)] if metrics_file.exists() else []
-        print(f"resuming at step {int(state.step)}")
+        say(f"resuming at step {int(state.step)}")
 
     sizes = [x.numel() for x in fstep.tree_leaves(state.params)]
-    print(f"{model.config.family}, {sum(sizes):,} parameters; {len(docs.lengths):,} documents, {len(docs.tokens):,} tokens")
+    say(f"{model.config.family}, {sum(sizes):,} parameters; {len(docs.lengths):,} documents, {len(docs.tokens):,} tokens")
     fixed: dict[str, Any] = {"model": model, "mesh": mesh, "max_tokens": a.max_tokens, "device": device}
     first = evaluate(state.params, validation, **fixed)
+    if not math.isfinite(first):
+        sys.exit(f"the {what} loss is {first} before any step: the weights are not usable")
     sample: dict[str, Any] = {"stop": stop, "most": 48, "device": device}
     before = show(complete(model, state.params, prompt, **sample))
 
-    peak = a.lr or (1e-5 if a.model else 3e-3)
-    with metrics_file.open("w") as log, tqdm(total=a.steps, initial=int(state.step), unit="step") as bar:
-        log.writelines(line + "\n" for line in kept)
+    peak = (1e-5 if a.model else 3e-3) if a.lr is None else a.lr
+    if lead:  # what was logged after the checkpoint happens again; replaced whole, so that a kill loses no line
+        fresh = metrics_file.with_suffix(".tmp")
+        fresh.write_text("".join(line + "\n" for line in kept))
+        fresh.replace(metrics_file)
+    with (
+        (metrics_file if lead else Path(os.devnull)).open("a", buffering=1) as log,
+        tqdm(total=a.steps, initial=int(state.step), unit="step", disable=not lead) as bar,
+    ):
         for step in range(int(state.step), a.steps):
             began = time.perf_counter()
             rows, position = fstep.draw_documents(state.data, num=a.batch, of=len(docs.lengths), key=state.key)
             lr = fstep.warmup_cosine(step, peak=peak, warmup=min(10, a.steps), total=a.steps, floor=peak / 10)
             drawn = fstep.select_documents(docs, rows)
-            state, metrics = sft_step(replace(state, data=position), drawn, optimizer=optimizer, lr=lr, **fixed)
+            mine = fstep.divide_documents(drawn, axis=mesh.dp)
+            state, metrics = sft_step(replace(state, data=position), mine, optimizer=optimizer, lr=lr, **fixed)
             row = {name: float(value) for name, value in metrics.items()}
             speed = len(drawn.tokens) / (time.perf_counter() - began)
-            row = {"step": step, **row, "lr": float(lr), "tokens_per_second": round(speed)}
-            log.write(json.dumps(row) + "\n")
+            line = {"step": step, **row, "lr": float(lr), "tokens_per_second": round(speed)}
+            log.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
             bar.update()
-            if (step + 1) % a.save_every == 0 or step + 1 == a.steps:
-                log.flush()
+            if lead and ((step + 1) % a.save_every == 0 or step + 1 == a.steps):
                 fstep.save_checkpoint(checkpoints, state, keep=2)
 
     after = show(complete(model, state.params, prompt, **sample))
-    print(f"{what} loss: {first:.3f} -> {evaluate(state.params, validation, **fixed):.3f}")
+    say(f"{what} loss: {first:.3f} -> {evaluate(state.params, validation, **fixed):.3f}")
+    if not lead:
+        return
     print(f"prompt:  {show(prompt)!r}\nbefore:  {before!r}\nafter:   {after!r}")
     if skipped := int(state.skipped):
         print(f"{skipped} steps had gradients that were not finite and changed nothing")
@@ -232,6 +284,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except (ConfigError, fstep.WeightsError, fstep.CheckpointError) as problem:
+        settings = arguments()
+        with fstep.mesh_from_env() as ranks:
+            train(settings, ranks)
+    except (ConfigError, fstep.WeightsError, fstep.CheckpointError, OSError) as problem:
         sys.exit(f"sft.py: {problem}")

@@ -1,8 +1,9 @@
 """Training steps as pure functions, on PyTorch: ``step(state, batch) -> (state, metrics)``."""
 
-from fstep.batch.batch import Docs, cut, join_documents, make_docs, select_documents
+from fstep.batch.batch import Docs, cut, join_documents, select_documents
 from fstep.batch.loader import DataPosition, draw_documents
-from fstep.batch.microbatch import split_microbatches
+from fstep.batch.make import make_docs
+from fstep.batch.microbatch import divide_documents, split_microbatches
 from fstep.batch.pack import pack_thd, split_documents, unpack_thd
 from fstep.batch.packed import Packed
 from fstep.batch.plan import plan_balanced, plan_first_fit
@@ -15,6 +16,20 @@ from fstep.grad.schedules import dualpipev, gpipe, interleaved, interleaved_zero
 from fstep.key import Key
 from fstep.loss.sft import sft_loss
 from fstep.mesh.axis import Axis, Mesh, require_single
+from fstep.mesh.collectives import (
+    all_gather,
+    all_to_all,
+    broadcast,
+    pmax,
+    ppermute,
+    psum,
+    pvary,
+    reduce_scatter,
+    take_shard,
+)
+from fstep.mesh.launch import mesh_from_env
+from fstep.mesh.simulate import simulate
+from fstep.mesh.transport import MeshError
 from fstep.ops.attention import packed_attention
 from fstep.ops.context import cp_shard
 from fstep.ops.head import head_logits, token_logprobs
@@ -58,6 +73,7 @@ __all__ = [
     "HFTensor",
     "Key",
     "Mesh",
+    "MeshError",
     "Muon",
     "MuonState",
     "Packed",
@@ -71,10 +87,14 @@ __all__ = [
     "TrainState",
     "WeightsError",
     "adamw",
+    "all_gather",
+    "all_to_all",
+    "broadcast",
     "cast",
     "constant",
     "cp_shard",
     "cut",
+    "divide_documents",
     "draw_documents",
     "dualpipev",
     "embed",
@@ -95,15 +115,21 @@ __all__ = [
     "load_hf",
     "make_docs",
     "matrices",
+    "mesh_from_env",
     "muon",
     "one_f_one_b",
     "pack_thd",
     "packed_attention",
     "plan_balanced",
     "plan_first_fit",
+    "pmax",
     "pp_forward",
     "pp_forward_backward",
+    "ppermute",
+    "psum",
+    "pvary",
     "pytree",
+    "reduce_scatter",
     "remat",
     "require_single",
     "rms_norm",
@@ -114,11 +140,13 @@ __all__ = [
     "select_documents",
     "sft_loss",
     "sgd",
+    "simulate",
     "split_documents",
     "split_microbatches",
     "split_trainable",
     "static",
     "stream_hf",
+    "take_shard",
     "to_device",
     "token_logprobs",
     "tree_leaves",

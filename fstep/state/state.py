@@ -77,6 +77,10 @@ def init_state(
     >>> state.opt.mu
     {'w': tensor([0., 0.]), 'b': None}
     """
+    if not hasattr(optimizer, "init"):
+        raise TypeError(
+            f"init_state: optimizer is a {type(optimizer).__name__}; pass one with init and update, e.g. fstep.adamw"
+        )
     return TrainState(
         params=params,
         opt=optimizer.init(params, trainable=trainable),

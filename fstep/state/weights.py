@@ -74,7 +74,8 @@ def load_hf(
             Such a tensor may be on disk if it has the same bits as the one it is tied to.
 
     Raises `WeightsError` for a folder that is no model, for missing and unexpected tensors, shapes that differ, damaged
-    files, and a tied tensor that differs. Folders written by `save_hf` are checked byte for byte.
+    files, and a tied tensor that differs. In a folder written by `save_hf` the bytes of every tensor are checked
+    against its checksum.
 
     >>> import tempfile, torch, fstep
     >>> spec = {"w": fstep.HFTensor("linear.weight", (2,))}

@@ -18,7 +18,7 @@ from torch import Tensor
 from fstep.grad.autodiff import Predicate
 from fstep.state.state import TrainState
 from fstep.trace import is_recording
-from fstep.tree import pytree, tree_leaves, tree_map, tree_replace_leaves
+from fstep.tree import check_type, pytree, tree_leaves, tree_map, tree_replace_leaves
 from fstep.update.rows import (
     Decay,
     Row,
@@ -113,6 +113,7 @@ class AdamW:
         (tensor([1., 1.]), 1, 1, 0)
         """
         check_lr("adamw.update", lr)
+        check_type("adamw.update", "state", state, TrainState, "what init_state returns")
         if not isinstance(state.opt, AdamWState):
             raise TypeError(f"adamw.update: state.opt is {type(state.opt).__name__}; make it with adamw.init(params)")
         rows = line_up("adamw.update", state, grads, state.opt.mu, state.opt.nu)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fstep.mesh.axis import Mesh, require_single
+from fstep.mesh.collectives import psum
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
-from fstep.tree import tree_leaves, tree_paths, tree_replace_leaves
+from fstep.tree import check_type, tree_leaves, tree_paths, tree_replace_leaves
 from fstep.update.rows import leaf_norms
 
 RESERVED = ("loss", "weight", "grad_norm", "nonfinite")
@@ -51,7 +52,9 @@ def finalize_grads(
     gradient is NaN, and an optimizer skips the step. Nothing waits for the device. Outer derivatives and `vmap` go
     through. ``donate=True`` writes the result into the memory of ``grads``.
 
-    Over the mesh ``loss`` and ``grads`` are each rank's own sums; every axis has to have size 1 in this release.
+    ``loss`` and ``grads`` are *partial sums* over ``mesh.dp``: what each rank computed from its own documents, maybe none.
+    Here they are added up, once; the results are *replicated*, the same bits on every rank. Every other axis of the mesh
+    has to have size 1 in this release.
 
     Raises `TypeError` if ``loss`` is no `Ratio` or a leaf is no floating-point tensor, `ValueError` if ``grads`` has no
     leaves, ``max_norm`` <= 0, or a ratio is named like one of the four metrics.
@@ -64,7 +67,8 @@ def finalize_grads(
     >>> {name: float(value) for name, value in metrics.items()}
     {'loss': 3.0, 'weight': 4.0, 'grad_norm': 5.0, 'nonfinite': 0.0}
     """
-    for axis in (mesh.pp, mesh.dp, mesh.cp, mesh.tp, mesh.ep):
+    check_type("finalize_grads", "mesh", mesh, Mesh, "Mesh(), or the mesh this runs over")
+    for axis in (mesh.pp, mesh.cp, mesh.tp, mesh.ep):
         require_single("finalize_grads", axis)
     total, extra = _ratios(loss)
     leaves = _leaves(grads)
@@ -77,6 +81,9 @@ def finalize_grads(
             "torch.func transform is running); call it without donate=True, or detach what should not be differentiated"
         )
 
+    leaves, total, extra = psum((leaves, total, dict(extra)), axis=mesh.dp)
+    own = donate or mesh.dp.size > 1  # sums over ranks are new tensors, which nobody else holds
+
     sum_norm = _norm(leaves) if recording else torch.linalg.vector_norm(leaf_norms(leaves, 2))
     den = total.den.to(sum_norm.device, sum_norm.dtype)
     some = den != 0
@@ -86,7 +93,7 @@ def finalize_grads(
     clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     scale = torch.where(bad, math.nan, torch.where(some, clip / safe, 0.0))
 
-    scaled = [_times(g, scale) for g in leaves] if recording else _scale(leaves, scale, donate)
+    scaled = [_times(g, scale) for g in leaves] if recording else _scale(leaves, scale, own)
     metrics = {
         "loss": total.mean(),
         "weight": total.den,

@@ -21,7 +21,7 @@ from torch import Tensor
 from fstep.grad.autodiff import Predicate
 from fstep.state.state import TrainState
 from fstep.trace import is_recording
-from fstep.tree import pytree, tree_leaves, tree_map, tree_map_with_path, tree_replace_leaves
+from fstep.tree import check_type, pytree, tree_leaves, tree_map, tree_map_with_path, tree_replace_leaves
 from fstep.update.adamw import AdamW, AdamWState, adamw_rows, adamw_zeros
 from fstep.update.rows import (
     Decay,
@@ -157,6 +157,7 @@ class Muon:
         1
         """
         check_lr("muon.update", lr)
+        check_type("muon.update", "state", state, TrainState, "what init_state returns")
         if not isinstance(state.opt, MuonState):
             raise TypeError(f"muon.update: state.opt is {type(state.opt).__name__}; make it with muon.init(params)")
         memory = state.opt

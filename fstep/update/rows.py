@@ -160,7 +160,8 @@ def any_nonfinite(grads: Sequence[Tensor], recording: bool) -> Tensor:
     if recording:
         return ~torch.stack([g.detach().isfinite().all().to(grads[0].device) for g in grads]).all()
     # A leaf is finite exactly if its largest magnitude is, or its least and its largest element.
-    on_cpu, elsewhere = [], []
+    on_cpu: list[Tensor] = []
+    elsewhere: list[Tensor] = []
     for g in grads:
         (on_cpu if g.device.type == "cpu" else elsewhere).append(g)
     # On the CPU the infinity norm takes 25 times as long; on a GPU one launch for all leaves is what counts.

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,15 @@ from tests.models.test_chat import PLAIN, make_tokenizer
 SCRIPT = Path(__file__).parents[2] / "examples" / "sft.py"
 
 
-def run(*arguments: object, fails: bool = False) -> str:
+def run(*arguments: object, fails: bool = False, processes: int = 1) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = (
+        ["-W", "error"]
+        if processes == 1
+        else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    )
     done = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT, *map(str, arguments)],
+        [sys.executable, *launch, SCRIPT, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -33,7 +39,7 @@ def run(*arguments: object, fails: bool = False) -> str:
 
 
 def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,54 @@ def test_resuming_gives_the_same_bits(finished: tuple[Path, str], tmp_path: Path
         return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows(folder)]
 
     assert numbers(again) == numbers(out)
+
+
+def test_a_kill_after_resuming_loses_no_line(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = finished
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000006")
+    arguments = ["--steps", 6, "--save-every", 3, "--batch", 24, "--max-tokens", 300, "--out", again, "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(rows(again)) != 4:  # cut back to the 3 kept, and one new
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert len(rows(again)) >= 4
+    run(*arguments)
+    assert [r["step"] for r in rows(again)] == list(range(6))
+
+
+@pytest.mark.parametrize("change", [["--seed", 7], ["--lr", 0.5], ["--steps", 8], ["--batch", 25]])
+def test_resuming_another_run_is_refused(change: list, finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    arguments = ["--steps", 6, "--save-every", 3, "--batch", 24, "--max-tokens", 300, "--out", out, "--resume"]
+    said = run(*arguments, *change, fails=True)
+    assert "is another run" in said and f"{change[0][2:]} was" in said
+
+
+def test_a_learning_rate_of_zero_changes_nothing(tmp_path: Path) -> None:
+    said = run("--lr", 0, "--steps", 2, "--batch", 8, "--out", tmp_path / "run")
+    first, last = re.search(r"training loss: (\S+) -> (\S+)", said).groups()
+    assert first == last
+
+
+def test_an_out_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    assert "sft.py: " in run("--out", tmp_path / "out", fails=True)
+
+
+def test_two_processes_train_the_same_model(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, alone = finished
+    again = tmp_path / "two"
+    said = run("--steps", 6, "--save-every", 3, "--batch", 24, "--max-tokens", 300, "--out", again, processes=2)
+    assert said.count("prompt:") == 1
+    assert re.findall(r"training loss: .*", said) == re.findall(r"training loss: .*", alone)
+    for one, two in zip(rows(out), rows(again), strict=True):
+        assert two["weight"] == one["weight"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 def test_a_run_is_not_overwritten(finished: tuple[Path, str]) -> None:
@@ -124,6 +178,8 @@ def test_a_checkpoint_of_transformers_on_chats(checkpoint: Path, tmp_path: Path)
     [
         (["--data", "x.jsonl"], "--model and --data go together"),
         (["--steps", "0"], "--steps must be 1 or more"),
+        (["--lr", "-1"], "--lr -1.0: pass a number"),
+        (["--device", "cuda:9"], "--device cuda:9"),
         (["--model", "{tmp}/none", "--data", "{tmp}/none.jsonl"], "no such"),
     ],
 )
@@ -135,15 +191,25 @@ def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{broken", "line 2: JSONDecodeError"),
-        ('{"text": "hello"}', "line 2: KeyError: 'messages'"),
-        ('{"messages": [{"role": "user", "content": "only me"}]}', "line 2: ChatError: .*nothing to learn"),
+        ("{broken", "line 2: Expecting property name"),
+        ('{"text": "hello"}', 'line 2: a line is an object with "messages"'),
+        ("[1, 2]", 'line 2: a line is an object with "messages"'),
     ],
 )
 def test_wrong_data_names_file_and_line(line: str, said: str, checkpoint: Path, tmp_path: Path) -> None:
     data = chats(tmp_path / "chats.jsonl", 1)
     data.write_text(data.read_text() + line + "\n")
-    assert re.search(said, run("--model", checkpoint, "--data", data, "--out", tmp_path / "out", fails=True))
+    assert said in run("--model", checkpoint, "--data", data, "--out", tmp_path / "out", fails=True)
+
+
+def test_conversations_that_cannot_be_used_are_counted_and_named(checkpoint: Path, tmp_path: Path) -> None:
+    data = chats(tmp_path / "chats.jsonl", 3)
+    lonely = json.dumps({"messages": [{"role": "user", "content": "only me"}]})
+    data.write_text(data.read_text() + lonely + "\n")
+    said = run("--model", checkpoint, "--data", data, "--out", tmp_path / "out", "--steps", 1)
+    assert "left out 1 conversations" in said and re.search("line 4: .*nothing to learn", said)
+    data.write_text(lonely + "\n")
+    assert "no conversation is left" in run("--model", checkpoint, "--data", data, "--out", tmp_path / "out2", fails=True)
 
 
 def test_a_broken_checkpoint_is_named_without_a_traceback(checkpoint: Path, tmp_path: Path) -> None:
