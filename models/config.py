@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from fstep import Rope
+from fstep.ops.rope import KINDS
 
 # Keys that say nothing about the computation: bookkeeping, generation defaults, and outputs fstep does not offer.
 IRRELEVANT = frozenset(
@@ -22,7 +23,8 @@ IRRELEVANT = frozenset(
     unk_token_id chunk_size_feed_forward dtype torch_dtype id2label label2id problem_type return_dict output_attentions
     output_hidden_states transformers_version use_cache model_type pretraining_tp max_position_embeddings
     initializer_range torchscript auto_map use_return_dict num_labels generation_config tokenizer_class
-    decoder_start_token_id is_llama_config unsloth_version unsloth_fixed _attn_implementation_autoset""".split()
+    decoder_start_token_id is_llama_config unsloth_version unsloth_fixed _attn_implementation_autoset
+    transformers.js_config max_sequence_length""".split()
 )
 
 
@@ -72,6 +74,8 @@ def read_rope(config: dict[str, Any], dim: int, max_positions: int) -> Rope:
     kind = given.pop("rope_type", "default")
     if (part := given.pop("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise ConfigError(f"read_rope: partial_rotary_factor is {part}; this family turns whole heads (1.0)")
+    if kind not in KINDS:
+        raise ConfigError(f"read_rope: rope_type {kind!r} is not supported by this family; it runs {', '.join(KINDS)}")
     fields: dict[str, Any] = {"theta": float(given.pop("rope_theta")), "dim": dim, "kind": kind}
     trained = given.pop("original_max_position_embeddings", None)
     if kind == "dynamic":
@@ -115,7 +119,7 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         out |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
         if rope.attention_factor is not None:
             out["attention_factor"] = rope.attention_factor
-        if rope.mscale and rope.mscale_all_dim:
+        if rope.mscale or rope.mscale_all_dim:
             out |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
     return out
 
@@ -137,7 +141,10 @@ def refuse_rest(family: str, config: dict[str, Any]) -> None:
     wrong = {k: v for k, v in config.items() if k not in IRRELEVANT and v is not None and v != OFF.get(k)}
     if wrong:
         said = ", ".join(f"{k}={v!r}" + (f" (only {OFF[k]!r})" if k in OFF else "") for k, v in wrong.items())
-        raise ConfigError(f"{family}: the config has values this family does not honour: {said}")
+        raise ConfigError(
+            f"{family}: the config has values this family does not honour: {said}; remove "
+            "them if the checkpoint was not trained with them, or use another family"
+        )
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fstep
 from fstep import HFTensor, Key, Mesh, Packed, Tied
+from fstep.tree import check_type
 from fstep_models.config import read_json, tokenizer_files
 from fstep_models.dense_config import ACTIVATIONS, Config
 
@@ -138,7 +139,7 @@ class Dense:
         ``like`` is a model folder whose tokenizer files and config details (special tokens, ...) are kept.
         """
         config = self.config.to_hf({} if like is None else read_json(like))
-        config["dtype"] = str(dtype or params["norm"].dtype).removeprefix("torch.")
+        config["dtype"] = str(dtype or fstep.tree_leaves(params)[0].dtype).removeprefix("torch.")
         files = [] if like is None else tokenizer_files(like)
         return fstep.save_hf(
             folder, params, self.spec(), config=config, dtype=dtype, max_shard_bytes=max_shard_bytes, extra_files=files
@@ -146,6 +147,7 @@ class Dense:
 
     def stage(self, mesh: Mesh = Mesh()) -> Callable[[Params, Tensor | None, Packed], Tensor]:  # noqa: B008
         """Return ``stage_fn(params, x, packed)``: hidden states [T, dim] after the layers that the params have."""
+        check_type("Dense.stage", "mesh", mesh, Mesh, "Mesh(), or the mesh this runs over")
         for axis in (mesh.pp, mesh.cp, mesh.tp, mesh.ep):
             fstep.require_single("Dense.stage", axis)
 
@@ -165,7 +167,8 @@ class Dense:
 
     def _tables(self, mb: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         place = torch.arange(len(mb.positions), device=mb.positions.device)
-        document = torch.searchsorted(mb.cu_seqlens_padded[1:].to(place.dtype), place, right=True)
+        cu = mb.cu_seqlens_padded.to(place.dtype)
+        document = torch.searchsorted(cu, place + cu[0], right=True) - 1  # cu[0] is 0: vmap batches both alike
         lengths = mb.cu_seqlens.diff()[document]
         return fstep.rope_tables(self.config.rope, mb.positions, lengths=lengths, dtype=dtype)
 

@@ -58,6 +58,13 @@ class Config:
             raise ConfigError(f"dense: model_type {self.family!r} is not one of {', '.join(FAMILIES)}")
         if self.act not in ACTIVATIONS:
             raise ConfigError(f"dense: hidden_act {self.act!r} is not one of {', '.join(ACTIVATIONS)}")
+        for name in ("vocab", "dim", "ffn", "layers", "heads", "kv_heads", "head_dim", "max_positions"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ConfigError(f"dense: {name} is {value!r}; pass a whole number of 1 or more")
+        if not self.eps > 0 or any(w < 0 for w in self.windows):
+            raise ConfigError(f"dense: eps {self.eps} must be above 0 and windows {set(self.windows)} 0 or more")
+        if self.rope.dim != self.head_dim:
+            raise ConfigError(f"dense: rope turns {self.rope.dim} of the heads' {self.head_dim} dimensions; make them equal")
         if self.heads % self.kv_heads:
             raise ConfigError(f"dense: {self.kv_heads} key heads do not divide {self.heads} query heads")
         if len(self.windows) != self.layers:
@@ -76,6 +83,8 @@ class Config:
         biased = bool(c.pop("attention_bias")) if family in ("llama", "qwen3") else False
         window = c.pop("sliding_window") if family != "llama" else None
         if family == "mistral":
+            if window == 0:
+                raise ConfigError("dense: sliding_window is 0; give the number of tokens seen, or null for all")
             windows = (window or 0,) * layers
         elif family == "llama":
             windows = (0,) * layers

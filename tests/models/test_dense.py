@@ -37,6 +37,9 @@ ROPES = {
         beta_slow=2.0,
         truncate=False,
     ),
+    "yarn-one-mscale": dict(
+        rope_type="yarn", rope_theta=40.0, factor=3.0, original_max_position_embeddings=64, mscale=0.7, beta_slow=0.3
+    ),
     "yarn-attention": dict(
         rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=32, attention_factor=0.8
     ),
@@ -261,7 +264,8 @@ def test_older_config_files_are_read() -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "3 key heads"),
         ({"sliding_window": 7}, "sliding_window=7"),
-        ({"rope_parameters": LONGROPE}, "longrope"),
+        ({"rope_parameters": LONGROPE}, "rope_type 'longrope' is not supported"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"rope_parameters": {**LONGROPE, "rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 3}}, "beta_fast"),
     ],
@@ -340,3 +344,16 @@ def test_saving_in_another_dtype_says_so(tmp_path) -> None:
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert half.dtype == torch.bfloat16
     assert torch.equal(half(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")(ids).logits)
+
+
+@pytest.mark.parametrize("change", [{"heads": 0}, {"kv_heads": 0}, {"eps": -1.0}, {"windows": (-1, 0, 0)}, {"head_dim": 6}])
+def test_configs_that_cannot_be_are_refused(change: dict) -> None:
+    with pytest.raises(ConfigError, match="dense: "):
+        replace(Config.from_hf(CONFIGS["llama"]), **change)
+
+
+def test_axes_that_the_model_does_not_run_over_are_refused() -> None:
+    model = Dense(Config.from_hf(CONFIGS["llama"]))
+    for name in ("pp", "cp", "tp", "ep"):
+        with pytest.raises(NotImplementedError, match=f"Dense.stage: axis '{name}' has size 2"):
+            fstep.simulate(model.stage, **{name: 2})

@@ -1,0 +1,57 @@
+"""The first mistake anyone makes is passing the wrong thing; each answer names function, argument and what to pass."""
+
+import re
+
+import pytest
+import torch
+
+import fstep
+from fstep_models.dense import Dense
+
+DOCS = fstep.make_docs([[1, 2, 3]])
+PACKED = fstep.pack_thd(DOCS)
+X = torch.zeros(3, 2)
+RATIO = fstep.Ratio(torch.tensor(1.0), torch.tensor(1.0))
+
+
+def identity(params, x, mb):
+    return mb
+
+
+CALLS = {
+    "pack_thd: batch is a list; pass what make_docs returns": lambda: fstep.pack_thd([[1, 2, 3]]),
+    "pack_thd: length is a float": lambda: fstep.pack_thd(DOCS, length=8.0),
+    "pack_thd: multiple_of is a float": lambda: fstep.pack_thd(DOCS, multiple_of=2.0),
+    "unpack_thd: packed is a Docs": lambda: fstep.unpack_thd(DOCS),
+    "split_documents: packed is a Docs": lambda: fstep.split_documents(X, DOCS),
+    "split_documents: values is a list": lambda: fstep.split_documents([1, 2, 3], PACKED),
+    "split_microbatches: batch is a list": lambda: fstep.split_microbatches([[1]], num=1),
+    "divide_documents: axis is a Mesh": lambda: fstep.divide_documents(DOCS, axis=fstep.Mesh()),
+    "a batch is a list": lambda: fstep.select_documents([[1]], [0]),
+    "a batch is a int": lambda: fstep.join_documents([1, 2]),
+    "draw_documents: position is a int": lambda: fstep.draw_documents(3, num=1, of=2),
+    "make_docs: tokens are no numbers": lambda: fstep.make_docs([["a", "b"]]),
+    "make_docs: tokens are no numbers that": lambda: fstep.make_docs([[1, None]]),
+    "make_docs: tokens are no numbers that fit": lambda: fstep.make_docs([[2**63]]),
+    "sft_loss: logprobs is a list": lambda: fstep.sft_loss([0.0], X),
+    "token_logprobs: labels is a list": lambda: fstep.token_logprobs(X, X, [0, 1, 1]),
+    "finalize_grads: mesh is a NoneType": lambda: fstep.finalize_grads({"w": X}, RATIO, mesh=None),
+    "adamw.update: state is a dict": lambda: fstep.adamw.update({}, {"w": X}, lr=0.1),
+    "muon.update: state is a dict": lambda: fstep.muon.update({}, {"w": X}, lr=0.1),
+    "sgd.update: state is a dict": lambda: fstep.sgd.update({}, {"w": X}, lr=0.1),
+    "init_state: optimizer is a str": lambda: fstep.init_state({"w": X}, "adamw"),
+    "value_and_grad: f is a NoneType": lambda: fstep.value_and_grad(None),
+    "vjp: f is a Tensor": lambda: fstep.vjp(X, X),
+    "pp_forward_backward: loss_fn is a NoneType": lambda: fstep.pp_forward_backward(identity, None, {"w": X}, [X]),
+    "pp_forward_backward: stage_fn is a dict": lambda: fstep.pp_forward_backward({}, identity, {"w": X}, [X]),
+    "pp_forward: axis is a str": lambda: fstep.pp_forward(identity, identity, {"w": X}, [X], axis="pp"),
+    "Tied: to is a int": lambda: fstep.Tied(3),
+    "Dense.stage: mesh is a str": lambda: Dense.stage(None, "mesh"),
+    "Mesh: dp is a int": lambda: fstep.Mesh(dp=2),
+}
+
+
+@pytest.mark.parametrize("said", CALLS)
+def test_a_wrong_type_is_named(said: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(said)):
+        CALLS[said]()
