@@ -15,6 +15,8 @@ from torch import Tensor
 from fstep.tree import tree_leaves
 
 
+# Asked once while torch.compile traces, as Python does. Traced itself, it would answer yes, whatever is the case.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_transform() -> bool:
     """Say whether a torch.func transform (``vmap``, ``grad``, ``jvp``, ...) is running around this call.
 
@@ -22,8 +24,7 @@ def in_transform() -> bool:
     >>> fstep.in_transform(), torch.func.vmap(lambda x: x * fstep.in_transform())(torch.ones(2))
     (False, tensor([1., 1.]))
     """
-    # Of the ways to ask, the one that torch.compile answers too: to others it says yes whatever is the case.
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_recording(*trees: Any) -> bool:

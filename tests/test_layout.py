@@ -35,7 +35,7 @@ ENVIRONMENT_HOME = "fstep/mesh/launch.py"
 
 # Everything private that is used of torch, and where. It may go away with any release, so each name has one home.
 TORCH_PRIVATE = {
-    "torch._C._functorch.get_dynamic_layer_stack_depth": "fstep/trace.py",
+    "torch._C._functorch.peek_interpreter_stack": "fstep/trace.py",
     "torch._foreach_mul": "fstep/update/finalize.py",
     "torch._foreach_mul_": "fstep/update/finalize.py",
     "torch._foreach_norm": "fstep/update/rows.py",

@@ -56,6 +56,9 @@ def lift(module: nn.Module, *, copy: bool = True) -> tuple[dict[str, Tensor], Ca
     updates copies that are dropped. A module that draws random numbers (dropout in training mode) needs
     ``apply(params, ..., key=key)``, and draws the same numbers for the same key.
 
+    A parameter with ``requires_grad=False`` is in ``params`` like any other, since freezing is said to whoever takes
+    gradients: ``trainable=lambda name: module.get_parameter(name).requires_grad``.
+
     Raises ValueError if a key is needed and not given, if params are not the module's, and for a transformers model with
     gradient checkpointing.
 
@@ -71,11 +74,12 @@ def lift(module: nn.Module, *, copy: bool = True) -> tuple[dict[str, Tensor], Ca
         raise TypeError(f"lift: got a {type(module).__name__}; pass an nn.Module")
     params = {name: p.detach().clone() if copy else p.detach() for name, p in module.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    names, random, skeleton = frozenset(params), _draws_random(module), _skeleton(module)
+    names, random, skeleton = sorted(params), _draws_random(module), _skeleton(module)
 
     def apply(params: dict[str, Tensor], *args: Any, key: Key | None = None, **kwargs: Any) -> Any:
-        if wrong := sorted(names ^ params.keys()):
-            raise ValueError(f"lift: params do not have the module's names; {wrong[:4]} are in one of the two only")
+        if sorted(params) != names:
+            wrong = sorted(set(params).symmetric_difference(names))[:4]
+            raise ValueError(f"lift: params do not have the module's names; {wrong} are in one of the two only")
         if random is not None and key is None:
             raise ValueError(f"lift: {random!r} draws random numbers; pass apply(..., key=key), or lift module.eval()")
         state = {**params, **{name: b.clone() for name, b in buffers.items()}}

@@ -89,7 +89,7 @@ def _cpu_flash_backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Lay the elements of each head side by side, which the kernel takes for granted and does not check."""
+    """Lay the elements of each head side by side: the CUDA kernel insists on it, the CPU's takes it for granted."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -161,8 +161,13 @@ _attend_cpu.register_autograd(_pull, setup_context=_save)
 _attend_cpu_backward.register_autograd(_refuse)
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _varlen_takes_gqa() -> bool:
+    return _has_enable_gqa()
+
+
+@cache
+def _has_enable_gqa() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -174,6 +179,7 @@ def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_seqlen: int, w
     # torch 2.11 takes grouped heads as they are; later versions want to be told.
     grouped: dict[str, Any] = {"enable_gqa": True} if _varlen_takes_gqa() and q.shape[1] != k.shape[1] else {}
     back = (window - 1 if window else -1, 0)
+    q, k, v = _rows(q), _rows(k), _rows(v)
     out = varlen_attn(q, k, v, cu, cu, max_seqlen, max_seqlen, window_size=back, scale=scale, **grouped)
     assert isinstance(out, Tensor)  # a tuple only if asked for more
     return out

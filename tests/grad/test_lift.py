@@ -311,3 +311,14 @@ def test_params_have_to_be_the_modules(change: Callable, message: str) -> None:
 def test_only_modules() -> None:
     with pytest.raises(TypeError, match=r"lift: got a function; pass an nn.Module"):
         lift(mlp)
+
+
+def test_freezing_is_said_to_whoever_takes_gradients() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    module[0].requires_grad_(False)
+    params, apply = fstep.lift(module)
+    chosen = fstep.value_and_grad(
+        lambda p, x: apply(p, x).sum(), trainable=lambda name: module.get_parameter(name).requires_grad
+    )
+    _, grads = chosen(params, torch.ones(3, 2))
+    assert fstep.tree_paths(grads) == ["1.bias", "1.weight"]
