@@ -7,7 +7,8 @@ differentiated again.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +16,20 @@ from torch import Tensor
 from fstep.tree import tree_leaves
 
 
-# Asked once while torch.compile traces, as Python does. Traced itself, it would answer yes, whatever is the case.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def asked_while_tracing(question: F) -> F:
+    """Let torch.compile call ``question`` once while it traces, and take the answer, instead of tracing it.
+
+    This is what `torch.compiler.assume_constant_result` does, which cannot be used here: it imports the whole compiler, and
+    importing fstep would take a second longer.
+    """
+    question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return question
+
+
+@asked_while_tracing  # traced, it would answer yes, whatever is the case
 def in_transform() -> bool:
     """Say whether a torch.func transform (``vmap``, ``grad``, ``jvp``, ...) is running around this call.
 

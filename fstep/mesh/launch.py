@@ -61,11 +61,11 @@ def mesh_from_env(
     if size == 1:
         yield Mesh()
         return
-    chosen = backend or (_default_backend() if mine else dist.get_backend())
+    there = None if mine else dist.get_backend()
+    chosen = backend or (there if there in ("nccl", "gloo") else _default_backend())
     world = _join(chosen, timeout, sizes, mine)
-    mesh = make_mesh(sizes, world.place.rank, world.transport)
     try:
-        yield mesh
+        yield make_mesh(sizes, world.place.rank, world.transport)
         with explain("leaving the mesh", world.place, range(size)):
             # Whoever left early would take the meeting point of the others along.
             dist.barrier(device_ids=[torch.cuda.current_device()] if chosen == "nccl" else None)

@@ -109,7 +109,6 @@ class ProcessTransport(Transport):
 
     def _check(self, action: str, sign: str, x: Tensor) -> None:
         """Compare what the ranks are about to call."""
-
         if x.device.type != ("cuda" if self.native else "cpu"):
             raise ValueError(
                 f"{action}: x is on {x.device}, and axis {self.name!r} talks through {self.world.place.backend}; move x, or "
@@ -226,7 +225,7 @@ class ProcessTransport(Transport):
     @override
     def send(self, x: Tensor, dst: int, *, channel: str) -> Pending[None]:
         group = self.channels[check_channel(self.name, channel)]
-        return self._message(kind(x.dtype, x.shape), x.detach().contiguous(), dst, group, channel)
+        return self._message(kind(x.dtype, x.shape), x.detach(), dst, group, channel)
 
     @override
     def send_note(self, note: Any, dst: int, *, channel: str) -> Pending[None]:

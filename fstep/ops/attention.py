@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fstep.trace import in_transform
+from fstep.trace import asked_while_tracing, in_transform
 
 METHODS = ("auto", "flash", "documents", "math")
 
@@ -161,7 +161,7 @@ _attend_cpu.register_autograd(_pull, setup_context=_save)
 _attend_cpu_backward.register_autograd(_refuse)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_while_tracing
 def _varlen_takes_gqa() -> bool:
     return _has_enable_gqa()
 

@@ -34,7 +34,7 @@ def same_everywhere(mesh: Mesh) -> list[Any]:
     return [float(y.detach().double().sum()), float(z.detach().double().sum()), float(g.double().sum())]
 
 
-def leaf_bits(mesh: Mesh) -> None:
+def check_backward(mesh: Mesh) -> None:
     """Collectives from inside a backward pass, in the order that autograd chooses, on every rank."""
     w = torch.tensor([1.0, 2.0], dtype=torch.float64)
 
@@ -61,7 +61,7 @@ def checks() -> dict[str, Any]:
     """Everything that has to work, on two meshes of the same four processes, one after the other."""
     found: dict[str, Any] = {}
     with fstep.mesh_from_env(pp=2, tp=2, backend="gloo", timeout=60) as mesh:
-        for check in [*CHECKS, leaf_bits]:
+        for check in [*CHECKS, check_backward]:
             found[check.__name__] = outcome(check, mesh)
         found["same bits"] = same_everywhere(mesh)
         found["drawn"] = mesh.draw()

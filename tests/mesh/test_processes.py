@@ -60,7 +60,7 @@ def checked(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS] + ["leaf_bits"])
+@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS] + ["check_backward"])
 def test_check(name: str, checked: list[dict[str, Any]]) -> None:
     for found in checked:
         if found[name] != "ok":
