@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fstep.tree import tree_leaves
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
