@@ -38,7 +38,7 @@ ROPES = {
         truncate=False,
     ),
     "yarn-one-mscale": dict(
-        rope_type="yarn", rope_theta=40.0, factor=3.0, original_max_position_embeddings=64, mscale=0.7, beta_slow=0.3
+        rope_type="yarn", rope_theta=40.0, factor=3.0, original_max_position_embeddings=64, mscale=0.7, beta_slow=0.005
     ),
     "yarn-attention": dict(
         rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=32, attention_factor=0.8
