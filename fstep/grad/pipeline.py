@@ -37,18 +37,17 @@ Loss = Ratio | tuple[Ratio, Metrics]
 SCHEDULES = ("gpipe", "1f1b")
 
 
-def _is_metrics(x: Any) -> bool:
-    return isinstance(x, dict) and all(isinstance(r, Ratio) for r in x.values())
+def _split(out: Any) -> tuple[Any, Metrics]:
+    """Take a result apart that may come with a dict of named Ratios beside it."""
+    pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)
+    return out if pair and all(isinstance(r, Ratio) for r in out[1].values()) else (out, {})
 
 
 def _run(stage_fn: Callable, loss_fn: Callable, params: Any, microbatch: Any) -> tuple[Ratio, Metrics]:
     """Run one microbatch; auxiliary losses join the sum that is differentiated, and are reported under their names."""
-    x = stage_fn(params, None, microbatch)
-    aux: Metrics = {}
-    if isinstance(x, tuple) and len(x) == 2 and _is_metrics(x[1]):
-        x, aux = x
+    x, aux = _split(stage_fn(params, None, microbatch))
     out = loss_fn(params, x, microbatch)
-    loss, metrics = out if isinstance(out, tuple) and len(out) == 2 and _is_metrics(out[1]) else (out, {})
+    loss, metrics = _split(out)
     if not isinstance(loss, Ratio):
         raise TypeError(
             f"pp_forward_backward: loss_fn returned a {type(out).__name__}; return Ratio(sum, weight), or a pair of that "
@@ -175,8 +174,6 @@ def pp_forward(
     results = []
     with torch.no_grad():
         for microbatch in microbatches:
-            x = stage_fn(params, None, microbatch)
-            if isinstance(x, tuple) and len(x) == 2 and _is_metrics(x[1]):
-                x, _ = x
+            x, _ = _split(stage_fn(params, None, microbatch))
             results.append(fn(params, x, microbatch))
     return tuple(results)

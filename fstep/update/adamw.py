@@ -18,12 +18,12 @@ from torch import Tensor
 from fstep.grad.autodiff import Predicate
 from fstep.state.state import TrainState
 from fstep.trace import is_recording
-from fstep.tree import check_type, pytree, tree_leaves, tree_map, tree_replace_leaves
+from fstep.tree import pytree, tree_leaves, tree_map, tree_replace_leaves
 from fstep.update.rows import (
     Decay,
     Row,
     any_nonfinite,
-    check_lr,
+    check_update,
     line_up,
     next_state,
     refuse_donation,
@@ -112,10 +112,7 @@ class AdamW:
         >>> bad.params["w"], int(bad.step), int(bad.skipped), int(bad.opt.count)
         (tensor([1., 1.]), 1, 1, 0)
         """
-        check_lr("adamw.update", lr)
-        check_type("adamw.update", "state", state, TrainState, "what init_state returns")
-        if not isinstance(state.opt, AdamWState):
-            raise TypeError(f"adamw.update: state.opt is {type(state.opt).__name__}; make it with adamw.init(params)")
+        check_update("adamw", state, lr, AdamWState)
         rows = line_up("adamw.update", state, grads, state.opt.mu, state.opt.nu)
         live = trained(rows)
         recording = is_recording(state.params, state.opt, grads, lr)

@@ -21,12 +21,12 @@ from torch import Tensor
 from fstep.grad.autodiff import Predicate
 from fstep.state.state import TrainState
 from fstep.trace import is_recording
-from fstep.tree import check_type, pytree, tree_leaves, tree_map, tree_map_with_path, tree_replace_leaves
+from fstep.tree import pytree, tree_leaves, tree_map, tree_map_with_path, tree_replace_leaves
 from fstep.update.adamw import AdamW, AdamWState, adamw_rows, adamw_zeros
 from fstep.update.rows import (
     Decay,
     any_nonfinite,
-    check_lr,
+    check_update,
     line_up,
     next_state,
     refuse_donation,
@@ -156,10 +156,7 @@ class Muon:
         >>> int(fstep.muon.update(state, grads, lr=0.1).skipped)
         1
         """
-        check_lr("muon.update", lr)
-        check_type("muon.update", "state", state, TrainState, "what init_state returns")
-        if not isinstance(state.opt, MuonState):
-            raise TypeError(f"muon.update: state.opt is {type(state.opt).__name__}; make it with muon.init(params)")
+        check_update("muon", state, lr, MuonState)
         memory = state.opt
         rows = line_up("muon.update", state, grads, memory.momentum, memory.rest.mu, memory.rest.nu)
         hidden = [row._replace(slots=row.slots[:1]) for row in trained(rows) if row.slots[0] is not None]

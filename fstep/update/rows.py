@@ -23,7 +23,7 @@ from torch import Tensor
 from fstep.grad.autodiff import Predicate, split_trainable
 from fstep.state.donate import bury
 from fstep.state.state import TrainState
-from fstep.tree import tree_leaves, tree_map_with_path, tree_paths, tree_replace_leaves
+from fstep.tree import check_type, tree_leaves, tree_map_with_path, tree_paths, tree_replace_leaves
 
 Decay = Callable[[str, Tensor], bool]
 Kernel = Callable[[list[list[Tensor]], list[Tensor], float, Tensor], None]
@@ -81,6 +81,16 @@ def check_lr(function: str, lr: float | Tensor) -> None:
         raise TypeError(f"{function}: lr is {lr!r}; pass a float or a 0-d tensor")
     else:
         require(0 <= lr < math.inf, f"{function}: lr is {lr}; pass a finite number >= 0")
+
+
+def check_update(optimizer: str, state: TrainState, lr: float | Tensor, memory: type) -> None:
+    """Refuse a learning rate that is no number, and a state that this optimizer did not begin."""
+    check_lr(f"{optimizer}.update", lr)
+    check_type(f"{optimizer}.update", "state", state, TrainState, "what init_state returns")
+    if not isinstance(state.opt, memory):
+        raise TypeError(
+            f"{optimizer}.update: state.opt is {type(state.opt).__name__}; make it with {optimizer}.init(params)"
+        )
 
 
 def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[Row | None]:

@@ -15,11 +15,11 @@ from torch import Tensor
 from fstep.grad.autodiff import Predicate
 from fstep.state.state import TrainState
 from fstep.trace import is_recording
-from fstep.tree import check_type, pytree, tree_map, tree_replace_leaves
+from fstep.tree import pytree, tree_map, tree_replace_leaves
 from fstep.update.rows import (
     Decay,
     any_nonfinite,
-    check_lr,
+    check_update,
     line_up,
     next_state,
     refuse_donation,
@@ -98,10 +98,7 @@ class SGD:
         >>> state.params["w"]  # 1 - 0.1 - 0.15
         tensor([0.7500])
         """
-        check_lr("sgd.update", lr)
-        check_type("sgd.update", "state", state, TrainState, "what init_state returns")
-        if not isinstance(state.opt, SGDState):
-            raise TypeError(f"sgd.update: state.opt is {type(state.opt).__name__}; make it with sgd.init(params)")
+        check_update("sgd", state, lr, SGDState)
         rows = line_up("sgd.update", state, grads, state.opt.momentum)
         live = trained(rows)
         for row in live:
