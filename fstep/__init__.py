@@ -28,6 +28,7 @@ from fstep.mesh.collectives import (
     take_shard,
 )
 from fstep.mesh.launch import mesh_from_env
+from fstep.mesh.place import Copied, Place, Shard, Stages, bare, places
 from fstep.mesh.simulate import simulate
 from fstep.mesh.transport import MeshError
 from fstep.ops.attention import packed_attention
@@ -67,6 +68,7 @@ __all__ = [
     "AdamWState",
     "Axis",
     "CheckpointError",
+    "Copied",
     "DataPosition",
     "Docs",
     "DonatedError",
@@ -77,18 +79,22 @@ __all__ = [
     "Muon",
     "MuonState",
     "Packed",
+    "Place",
     "Ratio",
     "Rope",
     "SGDState",
     "Schedule",
     "ScheduleStats",
+    "Shard",
     "Span",
+    "Stages",
     "Tied",
     "TrainState",
     "WeightsError",
     "adamw",
     "all_gather",
     "all_to_all",
+    "bare",
     "broadcast",
     "cast",
     "constant",
@@ -120,6 +126,7 @@ __all__ = [
     "one_f_one_b",
     "pack_thd",
     "packed_attention",
+    "places",
     "plan_balanced",
     "plan_first_fit",
     "pmax",

@@ -59,33 +59,54 @@ def pytree(cls: type[T]) -> type[T]:
     cls = optree.dataclasses.dataclass(cls, frozen=True, namespace=NAMESPACE)  # type: ignore[call-overload]
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     is_child = [f.metadata.get("pytree_node", True) for f in fields]
-    children = [f.name for f, child in zip(fields, is_child, strict=True) if child]
-    statics = [f.name for f, child in zip(fields, is_child, strict=True) if not child]
+    children = tuple(f.name for f, child in zip(fields, is_child, strict=True) if child)
+    statics = tuple(f.name for f, child in zip(fields, is_child, strict=True) if not child)
 
     def flatten(x: T) -> tuple[list[Any], tuple[Any, ...]]:
         return [getattr(x, name) for name in children], tuple(getattr(x, name) for name in statics)
 
-    def flatten_with_keys(x: T) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
-        values, context = flatten(x)
-        return [(torch_pytree.GetAttrKey(n), v) for n, v in zip(children, values, strict=True)], context
-
     def unflatten(values: Iterable[Any], context: tuple[Any, ...]) -> T:
         # Rebuilt without __init__: a tree of gradients or of shapes has the same nodes but not the same leaves.
         x = object.__new__(cls)
-        for name, value in zip(children, values, strict=True):
-            object.__setattr__(x, name, value)
-        for name, value in zip(statics, context, strict=True):
+        for name, value in zip((*children, *statics), (*values, *context), strict=True):
             object.__setattr__(x, name, value)
         return x
+
+    _register_with_torch(cls, flatten, unflatten, lambda x: children)
+    return cls
+
+
+Flatten = Callable[[Any], tuple[list[Any], Any]]
+
+
+def unnamed_node(cls: type[T], flatten: Flatten, unflatten: Callable[[Iterable[Any], Any], T]) -> type[T]:
+    """Make a class a node of trees that adds nothing to the paths below it: it says where a value lives, not what it is.
+
+    ``flatten(x)`` returns its children and what else it is made of; ``unflatten`` puts the two together again.
+    """
+
+    def flatten_unnamed(x: T) -> tuple[list[Any], Any, list[str]]:
+        children, context = flatten(x)
+        return children, context, [""] * len(children)
+
+    register: Any = optree.register_pytree_node  # its types want a collection
+    register(cls, flatten_unnamed, lambda context, children: unflatten(children, context), namespace=NAMESPACE)
+    _register_with_torch(cls, flatten, unflatten, lambda x: [""] * len(flatten(x)[0]))
+    return cls
+
+
+def _register_with_torch(cls: type, flatten: Flatten, unflatten: Any, names: Callable[[Any], Iterable[str]]) -> None:
+    def with_keys(x: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        values, context = flatten(x)
+        return [(torch_pytree.GetAttrKey(n), v) for n, v in zip(names(x), values, strict=True)], context
 
     torch_pytree.register_pytree_node(
         cls,
         flatten,
         unflatten,
-        flatten_with_keys_fn=flatten_with_keys,
+        flatten_with_keys_fn=with_keys,
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
     )
-    return cls
 
 
 def check_type(function: str, argument: str, value: Any, wanted: type | tuple[type, ...], fix: str) -> None:
@@ -101,8 +122,8 @@ def check_callable(function: str, argument: str, value: Any) -> None:
 
 
 def path_name(path: Iterable[Any]) -> str:
-    """Write a path as its keys joined by dots."""
-    return ".".join(str(key) for key in path)
+    """Write a path as its keys joined by dots; an `unnamed_node` leaves an empty one."""
+    return ".".join(str(key) for key in path if key != "")
 
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:

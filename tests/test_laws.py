@@ -352,6 +352,7 @@ EXEMPT = {
     "DonatedError CheckpointError WeightsError": "exceptions",
     "HFTensor save_checkpoint load_checkpoint latest_step save_hf load_hf stream_hf": "read and write files",
     "Axis Mesh MeshError require_single mesh_from_env simulate": "about ranks",
+    "Shard Copied Stages Place places bare": "say where a parameter lives",
     "psum pmax pvary all_gather reduce_scatter all_to_all ppermute broadcast take_shard": "communicate on an axis",
     "cp_shard divide_documents": "take an axis",
     "Schedule Action Span ScheduleStats gpipe one_f_one_b interleaved interleaved_zero_bubble zbv dualpipev":

@@ -1,0 +1,218 @@
+"""Where a parameter lives, as nodes of the params tree. The name of a parameter is the same wherever it lives.
+
+    params on one rank                      the same model cut over tp 2 and pp 2, on the last stage, second slice
+    {"embed": E [V, d],                     {"embed": Copied(Shard(E[V/2:], dim 0), pp ranks 0 and 1),
+     "layers": {0: {"q": Q0 [h, d]},
+                1: {"q": Q1 [h, d]}},        "layers": {1: {"q": Shard(Q1[h/2:], dim 0)}},
+     "norm": N,                              "norm": N,
+     "head": Tied("embed")}                  "head": Tied("embed")}
+
+`Shard` is a part of a parameter, `Copied` one that several stages hold, `Stages` what a rank with several stages holds. The
+nodes add nothing to a path: gradients, optimizer state and checkpoints carry the same names on every mesh. `places` reads
+all of it off a tree, for whoever sums, counts, saves or loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from fstep.mesh.axis import Axis
+from fstep.tree import NAMESPACE, check_type, path_name, tree_paths, unnamed_node
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a parameter along one dimension: elements ``span`` of the ``of`` that the whole has.
+
+    The ranks of ``axis`` hold the other parts, which may differ in size. Its gradient is a shard likewise, complete on the
+    rank that holds it.
+
+    >>> import torch, fstep
+    >>> cut = lambda mesh: fstep.Shard.cut(torch.arange(4.0), axis=mesh.tp, dim=0)
+    >>> [fstep.tree_paths({"w": part}) for part in fstep.simulate(cut, tp=2)]
+    [['w'], ['w']]
+    >>> [part.value for part in fstep.simulate(cut, tp=2)]
+    [tensor([0., 1.]), tensor([2., 3.])]
+    """
+
+    value: Any
+    axis: Axis
+    dim: int
+    span: Range
+    of: int
+
+    @staticmethod
+    def cut(whole: Tensor, *, axis: Axis, dim: int) -> Any:
+        """Return this rank's part of ``whole``, a copy; parts are even, the first ones larger by one where needed.
+
+        On an axis of size 1 this is ``whole`` itself.
+        """
+        check_type("Shard.cut", "axis", axis, Axis, "an axis of the mesh, e.g. mesh.tp")
+        if not -whole.dim() <= dim < whole.dim():
+            raise ValueError(f"Shard.cut: there is no dim {dim} in shape {tuple(whole.shape)}; give one that it has")
+        if axis.size == 1:
+            return whole
+        dim %= whole.dim()
+        start, stop = even_span(whole.shape[dim], axis)
+        return Shard(whole.narrow(dim, start, stop - start).clone(), axis, dim, (start, stop), whole.shape[dim])
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A parameter that several stages hold: ``ranks`` of ``axis``, in order, such as a tied embedding's first and last.
+
+    Every copy's gradient is a partial sum; `finalize_grads` adds them up, so that the copies stay the same to the bit.
+
+    >>> import torch, fstep
+    >>> make = lambda mesh: fstep.Copied(torch.ones(2), mesh.pp, ranks=(0, 1))
+    >>> [fstep.places({"embed": copy})[0].counts for copy in fstep.simulate(make, pp=2)]
+    [True, False]
+    """
+
+    value: Any
+    axis: Axis
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The params of a rank that runs several stages of a pipeline: a subtree for each, by the stage's number.
+
+    >>> import torch, fstep
+    >>> params = fstep.Stages({0: {"embed": torch.ones(1), "layers": {0: torch.ones(1)}}, 2: {"layers": {2: torch.ones(1)}}})
+    >>> fstep.tree_paths(params)
+    ['embed', 'layers.0', 'layers.2']
+    """
+
+    parts: Mapping[int, Any]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for stage, part in self.parts.items():
+            names = set(tree_paths(part))
+            if both := sorted(names & seen):
+                raise ValueError(
+                    f"Stages: stage {stage} has {both[0]!r}, as an earlier stage has; put Tied({both[0]!r}) in its place"
+                )
+            seen |= names
+
+
+def _wrap(cls: type, fields: Sequence[str]) -> None:
+    """Register a node with one child, ``value``, and the other fields static."""
+
+    def unflatten(children: Iterable[Any], context: tuple[Any, ...]) -> Any:
+        # Not through __init__, since what is mapped over a tree may return anything.
+        node: Any = object.__new__(cls)
+        for name, value in zip(("value", *fields), (*children, *context), strict=True):
+            object.__setattr__(node, name, value)
+        return node
+
+    unnamed_node(cls, lambda x: ([x.value], tuple(getattr(x, name) for name in fields)), unflatten)
+
+
+def _unflatten_stages(children: Iterable[Any], numbers: tuple[int, ...]) -> Stages:
+    node = object.__new__(Stages)
+    object.__setattr__(node, "parts", dict(zip(numbers, children, strict=True)))
+    return node
+
+
+_wrap(Shard, ("axis", "dim", "span", "of"))
+_wrap(Copied, ("axis", "ranks"))
+unnamed_node(Stages, lambda x: ([x.parts[s] for s in sorted(x.parts)], tuple(sorted(x.parts))), _unflatten_stages)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a leaf of a tree is of the whole: its name, and which elements of the parameter it holds.
+
+    The parameter has ``shape``; the leaf holds the elements of ``box`` (a span for each dimension) and, if ``flat`` is
+    given, of these only that span, counted row by row. ``axes`` are those whose ranks hold other elements. ``copies`` are
+    the axis and the ranks that hold the same elements in another stage.
+
+    >>> import torch, fstep
+    >>> make = lambda mesh: fstep.places({"w": fstep.Shard.cut(torch.ones(4, 2), axis=mesh.tp, dim=0)})[0].box
+    >>> fstep.simulate(make, tp=2)
+    [((0, 2), (0, 2)), ((2, 4), (0, 2))]
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    box: tuple[Range, ...]
+    flat: Range | None = None
+    axes: tuple[Axis, ...] = ()
+    copies: Copied | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether, of several copies, this is the one that is counted and saved."""
+        return self.copies is None or self.copies.axis.rank == self.copies.ranks[0]
+
+
+def even_span(length: int, axis: Axis) -> Range:
+    """Return the part of ``length`` elements that is this rank's; the first parts are larger by one where needed."""
+    small, more = divmod(length, axis.size)
+    start = axis.rank * small + min(axis.rank, more)
+    return start, start + small + (axis.rank < more)
+
+
+def places(tree: Any) -> list[Place]:
+    """Return the `Place` of every leaf of a tree of tensors, in the order of `tree_leaves`.
+
+    >>> import torch, fstep
+    >>> fstep.places({"w": torch.ones(2)})
+    [Place(path='w', shape=(2,), box=((0, 2),), flat=None, axes=(), copies=None)]
+    """
+    found: list[Place] = []
+    _visit(tree, (), [], found)
+    return found
+
+
+def _visit(tree: Any, above: tuple[Any, ...], inside: list[Any], found: list[Place]) -> None:
+    def stop(x: Any) -> bool:
+        return isinstance(x, Shard | Copied) or hasattr(x, "held")
+
+    paths, leaves, _ = optree.tree_flatten_with_path(tree, stop, none_is_leaf=True, namespace=NAMESPACE)
+    for path, leaf in zip(paths, leaves, strict=True):
+        whole = (*above, *path)
+        if hasattr(leaf, "held"):
+            found += [replace(p, path=path_name((*whole, p.path))) for p in leaf.held(inside)]
+        elif stop(leaf):
+            _visit(leaf.value, whole, [*inside, leaf], found)
+        elif leaf is not None:
+            found.append(place_of(path_name(whole), tuple(leaf.shape), inside))
+
+
+def place_of(path: str, shape: tuple[int, ...], inside: Sequence[Shard | Copied]) -> Place:
+    """Return the place of a leaf that stands inside these nodes; ``shape`` is its own or, in a spec, the whole's."""
+    full, box = list(shape), [(0, n) for n in shape]
+    axes: list[Axis] = []
+    copies = None
+    for node in inside:
+        if isinstance(node, Copied):
+            copies = replace(node, value=None)
+            continue
+        full[node.dim], box[node.dim] = node.of, node.span
+        axes.append(node.axis)
+    return Place(path, tuple(full), tuple(box), None, tuple(axes), copies)
+
+
+def bare(tree: Any) -> Any:
+    """Take the leaves of a tree out of their `Shard` and `Copied`: what a computation sees.
+
+    >>> import torch, fstep
+    >>> fstep.bare({"w": fstep.Copied(torch.ones(2), fstep.Axis("pp"), ranks=(0,))})
+    {'w': tensor([1., 1.])}
+    """
+
+    def stop(x: Any) -> bool:
+        return isinstance(x, Shard | Copied)
+
+    leaves, spec = optree.tree_flatten(tree, stop, none_is_leaf=True, namespace=NAMESPACE)
+    return optree.tree_unflatten(spec, [bare(x.value) if stop(x) else x for x in leaves])
