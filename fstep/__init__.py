@@ -8,6 +8,7 @@ from fstep.batch.pack import pack_thd, split_documents, unpack_thd
 from fstep.batch.packed import Packed
 from fstep.batch.plan import plan_balanced, plan_first_fit
 from fstep.grad.autodiff import split_trainable, value_and_grad, vjp
+from fstep.grad.by_name import stage_ranks
 from fstep.grad.lift import lift
 from fstep.grad.pipeline import pp_forward, pp_forward_backward
 from fstep.grad.remat import remat
@@ -151,6 +152,7 @@ __all__ = [
     "split_documents",
     "split_microbatches",
     "split_trainable",
+    "stage_ranks",
     "static",
     "stream_hf",
     "take_shard",

@@ -355,7 +355,7 @@ EXEMPT = {
     "Shard Copied Stages Place places bare": "say where a parameter lives",
     "psum pmax pvary all_gather reduce_scatter all_to_all ppermute broadcast take_shard": "communicate on an axis",
     "cp_shard divide_documents": "take an axis",
-    "Schedule Action Span ScheduleStats gpipe one_f_one_b interleaved interleaved_zero_bubble zbv dualpipev":
+    "Schedule Action Span ScheduleStats gpipe one_f_one_b interleaved interleaved_zero_bubble zbv dualpipev stage_ranks":
         "tables of actions, without tensors",
     "pytree static": "declare a class",
     "in_transform is_recording": "say what is going on around a call",

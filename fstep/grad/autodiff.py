@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fstep.ratio import Ratio
 from fstep.trace import in_transform, is_recording
@@ -25,11 +26,12 @@ from fstep.tree import check_callable, tree_leaves, tree_map, tree_map_with_path
 Predicate = Callable[[str], bool]
 
 
-def split_trainable(params: Any, trainable: Predicate | None = None) -> tuple[Any, Any]:
+def split_trainable(params: Any, trainable: Predicate | None = None, *, none_is_fine: bool = False) -> tuple[Any, Any]:
     """Split a tree in two of the same structure: what a predicate on the paths calls trainable, and the rest.
 
     Each has ``None`` where the other has the leaf; `tree_merge` puts them together again. Without a predicate every
-    floating-point leaf is trainable.
+    floating-point leaf is trainable. To choose none is an error unless ``none_is_fine``, as it is for a pipeline stage that
+    happens to be frozen.
 
     >>> import torch, fstep
     >>> params = {"base": torch.ones(1), "lora": torch.zeros(1)}
@@ -49,7 +51,7 @@ def split_trainable(params: Any, trainable: Predicate | None = None) -> tuple[An
         return chosen[path]
 
     mask = tree_map_with_path(choose, params)
-    if not any(chosen.values()):
+    if not any(chosen.values()) and not none_is_fine:
         if not chosen or trainable is None:
             raise ValueError(
                 f"split_trainable: none of {len(chosen)} leaves is a floating-point tensor, so there is nothing to "
@@ -96,16 +98,15 @@ def private_leaf(x: Tensor, recording: bool) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def backward_into(outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, leaves: Sequence[Tensor]) -> None:
+def backward_into(outputs: Sequence[Tensor | GradientEdge], cotangents: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
     """Add the gradients of ``outputs`` to the ``.grad`` of private ``leaves``.
 
     The one place that uses torch's accumulation: the leaves are private, so from outside it is as pure as
     `torch.autograd.grad`, and it needs no second set of gradients to add up microbatches.
     """
-    given = [torch.ones_like(y) for y in outputs] if cotangents is None else cotangents
-    kept = [(y, c) for y, c in zip(outputs, given, strict=True) if y.requires_grad]
+    kept = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if isinstance(y, GradientEdge) or y.requires_grad]
     if kept and leaves:
-        torch.autograd.backward([y for y, _ in kept], [c for _, c in kept], inputs=list(leaves))
+        torch.autograd.backward([y for y, _ in kept], [c for _, c in kept], inputs=list(leaves))  # type: ignore[arg-type]
 
 
 def read_grads(leaves: Sequence[Tensor]) -> list[Tensor]:

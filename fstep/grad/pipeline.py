@@ -1,17 +1,19 @@
 """Forward and backward over microbatches: one call returns the summed loss and its gradients.
 
-    microbatch 0  forward  backward ─┐
-    microbatch 1  forward  backward ─┼─ one set of gradients, added up in place
-    microbatch 2  forward  backward ─┘
+    one rank        microbatch 0  forward  backward ─┐
+                    microbatch 1  forward  backward ─┼─ one set of gradients, added up in place
+                    microbatch 2  forward  backward ─┘
+
+    a pipeline      every rank runs its stages in the order of a `Schedule`, and returns its own stages' gradients
 
 A model is a ``stage_fn(params, x, microbatch)``: it runs whatever parts its params have, on the input ``x`` it is sent, or
 on the microbatch's own tokens when ``x`` is ``None``. What follows the last stage is a ``loss_fn(params, x, microbatch)``.
-This release runs one stage, on an axis of size 1.
+Every rank has all microbatches: masks and positions are arguments, and only what a stage computes is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,14 +29,19 @@ from fstep.grad.autodiff import (
     split_trainable,
     value_and_grad,
 )
-from fstep.mesh.axis import Axis, require_single
+from fstep.grad.by_name import ScheduleLike, schedule_for
+from fstep.grad.interpret import Metrics, Run, add_up, join_stages
+from fstep.grad.messages import broadcast_results, sum_ratios, tensors_of
+from fstep.grad.parts import stage_parts
+from fstep.grad.schedule import Schedule
+from fstep.mesh.axis import Axis
+from fstep.mesh.exchange import transport
+from fstep.mesh.place import Stages
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
 from fstep.tree import check_callable, check_type, tree_leaves, tree_map, tree_merge, tree_replace_leaves
 
-Metrics = dict[str, Ratio]
 Loss = Ratio | tuple[Ratio, Metrics]
-SCHEDULES = ("gpipe", "1f1b")
 
 
 def _split(out: Any) -> tuple[Any, Metrics]:
@@ -43,9 +50,21 @@ def _split(out: Any) -> tuple[Any, Metrics]:
     return out if pair and all(isinstance(r, Ratio) for r in out[1].values()) else (out, {})
 
 
-def _run(stage_fn: Callable, loss_fn: Callable, params: Any, microbatch: Any) -> tuple[Ratio, Metrics]:
-    """Run one microbatch; auxiliary losses join the sum that is differentiated, and are reported under their names."""
-    x, aux = _split(stage_fn(params, None, microbatch))
+def _check_ratios(ratios: Mapping[str, Ratio]) -> None:
+    for name, ratio in ratios.items():
+        for part in (ratio.num, ratio.den):
+            if not isinstance(part, Tensor) or part.dim():
+                what = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+                raise TypeError(f"pp_forward_backward: {name} is a Ratio with a part of {what}; sum it to a 0-d tensor")
+
+
+def _run_stage(stage_fn: Callable, params: Any, x: Any, microbatch: Any) -> tuple[Any, Metrics]:
+    y, aux = _split(stage_fn(params, x, microbatch))
+    _check_ratios(aux)
+    return y, aux
+
+
+def _run_loss(loss_fn: Callable, params: Any, x: Any, microbatch: Any) -> tuple[Ratio, Metrics]:
     out = loss_fn(params, x, microbatch)
     loss, metrics = _split(out)
     if not isinstance(loss, Ratio):
@@ -53,41 +72,74 @@ def _run(stage_fn: Callable, loss_fn: Callable, params: Any, microbatch: Any) ->
             f"pp_forward_backward: loss_fn returned a {type(out).__name__}; return Ratio(sum, weight), or a pair of that "
             "and a dict of named Ratios"
         )
-    for name, ratio in (("the loss", loss), *metrics.items(), *aux.items()):
-        for part in (ratio.num, ratio.den):
-            if not isinstance(part, Tensor) or part.dim():
-                what = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-                raise TypeError(f"pp_forward_backward: {name} is a Ratio with a part of {what}; sum it to a 0-d tensor")
+    _check_ratios({"the loss": loss, **metrics})
+    return loss, metrics
+
+
+def _join(loss: Ratio, metrics: Metrics, aux: Metrics) -> tuple[Ratio, Metrics]:
+    """Add auxiliary losses to the sum that is differentiated, and report them under their names."""
     if both := sorted(aux.keys() & metrics.keys()):
         raise ValueError(f"pp_forward_backward: {both} are names of auxiliary losses and of metrics; rename one of each")
     num = loss.num + sum(r.num for r in aux.values()) if aux else loss.num
     return Ratio(num, loss.den), {**metrics, **aux}
 
 
+def _run(stage_fn: Callable, loss_fn: Callable, params: Any, microbatch: Any) -> tuple[Ratio, Metrics]:
+    """Run the whole model on one microbatch."""
+    x, aux = _run_stage(stage_fn, params, None, microbatch)
+    return _join(*_run_loss(loss_fn, params, x, microbatch), aux)
+
+
 def _add(a: Any, b: Any) -> Any:
     return b if a is None else tree_map(torch.add, a, b)
 
 
+def _same_names(metrics: Sequence[Metrics]) -> None:
+    for more in metrics:
+        if more.keys() != metrics[0].keys():
+            raise ValueError(
+                f"pp_forward_backward: a microbatch has metrics {sorted(more)} and the first has {sorted(metrics[0])}; give "
+                "all of them the same, a Ratio of zeros where there is nothing"
+            )
+
+
 def _add_pair(total: tuple[Ratio, Metrics] | None, pair: tuple[Ratio, Metrics]) -> tuple[Ratio, Metrics]:
-    if total is not None and total[1].keys() != pair[1].keys():
-        raise ValueError(
-            f"pp_forward_backward: a microbatch has metrics {sorted(pair[1])} and the first has {sorted(total[1])}; give "
-            "all of them the same, a Ratio of zeros where there is nothing"
-        )
+    if total is not None:
+        _same_names([total[1], pair[1]])
     return _add(total, pair)
 
 
-def _check(function: str, microbatches: Any, axis: Axis, schedule: str) -> None:
+def _check(function: str, params: Any, microbatches: Any, axis: Axis, schedule: ScheduleLike) -> Schedule | None:
+    """Return the table to follow, or None where a single rank simply takes one microbatch after the other."""
     check_type(function, "axis", axis, Axis, "an axis of the mesh, e.g. mesh.pp")
-    require_single(function, axis)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"{function}: schedule {schedule!r} is unknown; pass one of {', '.join(SCHEDULES)}")
     if not isinstance(microbatches, Sequence):
         raise TypeError(
             f"{function}: microbatches is a {type(microbatches).__name__}; pass a sequence, e.g. [batch] for a single one"
         )
     if not microbatches:
         raise ValueError(f"{function}: there are no microbatches; pass at least one")
+    alone = axis.size == 1 and not isinstance(schedule, Schedule) and not isinstance(params, Stages)
+    ranks = 1 if alone else axis.size
+    table = None if alone and callable(schedule) else schedule_for(function, schedule, ranks, _enough(alone, microbatches))
+    if table is None or alone:
+        return None
+    if is_recording(params, list(microbatches)):
+        raise ValueError(
+            f"{function}: an outer derivative is being taken over a pipeline of {axis.size} ranks, which sends values and "
+            "not graphs; take it on one rank, or detach params and microbatches"
+        )
+    if axis.size > 1:
+        transport(function, axis)  # fails here, with the caller's name, for an axis nobody can talk over
+    return table
+
+
+def _enough(alone: bool, microbatches: Sequence[Any]) -> int:
+    # A single rank needs no table and only checks the name; dualpipev wants two microbatches.
+    return max(2, len(microbatches)) if alone else len(microbatches)
+
+
+def _device(*trees: Any) -> torch.device:
+    return next((x.device for tree in trees for x in tensors_of(tree)), torch.device("cpu"))
 
 
 def pp_forward_backward(
@@ -97,37 +149,49 @@ def pp_forward_backward(
     microbatches: Sequence[Any],
     *,
     axis: Axis = Axis("pp"),  # noqa: B008 -- immutable
-    schedule: str = "1f1b",
+    schedule: ScheduleLike = "1f1b",
     trainable: Predicate | None = None,
 ) -> tuple[Loss, Any]:
     """Sum the loss over microbatches and return it with the gradients of that sum.
 
     ``loss_fn`` returns a `Ratio`, or ``(Ratio, metrics)`` with a dict of named Ratios; ``stage_fn`` may return ``(x, aux)``
-    where ``aux`` is a dict of Ratios that are added to the loss. The result is ``(Ratio, grads)``, or
+    where ``aux`` is a dict of Ratios that are added to the loss, each with the batch's weight, whatever part of it the stage
+    computes. The result is ``(Ratio, grads)``, or
     ``((Ratio, metrics), grads)`` if there are metrics or auxiliary losses. Ratios are summed over the microbatches; the
     gradients are those of the summed ``num``, undivided: `finalize_grads` divides. A leaf that ``trainable(path)`` refuses
     has gradient ``None``.
 
-    Raises TypeError or ValueError, naming the fix, for a loss that is no Ratio of 0-d tensors, metrics that differ from
-    microbatch to microbatch or clash with an auxiliary loss, no microbatches, an unknown schedule; NotImplementedError for
-    an axis of more than one rank.
+    On an axis of several ranks each rank runs its stages of the model, in the order that ``schedule`` says: a name
+    ("gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"), a `Schedule`, or a function that makes
+    one from the numbers of ranks and of microbatches. ``params`` are those of this rank's stage; if it has several,
+    `Stages` of them. Stage 0 is called with ``x=None``, the others with what the one before returned (without its ``aux``):
+    any tree of tensors, whose shapes may differ from microbatch to microbatch. Gradients have the structure of the rank's
+    own params.
 
-    Inputs: params and microbatches of this rank's stage. Outputs, on an axis of size 1: the loss and gradients of the whole
-    model.
+    Raises TypeError or ValueError, naming the fix, for a loss that is no Ratio of 0-d tensors, metrics that differ from
+    microbatch to microbatch or clash with an auxiliary loss, no microbatches, an unknown schedule, params that are not
+    those of the rank's stages, and an outer derivative over several ranks; MeshError if another rank fails.
+
+    Inputs: ``microbatches`` replicated over ``axis``, params those of the rank. Outputs: the loss and metrics replicated;
+    the gradients of each rank's own params, complete (of a `Copied` parameter: a partial sum).
 
     >>> import torch, fstep
-    >>> stage = lambda params, x, mb: mb * params["w"]
+    >>> stage = lambda params, x, mb: (mb if x is None else x) * params["w"]
     >>> loss = lambda params, x, mb: fstep.Ratio((x**2).sum(), torch.tensor(float(len(x))))
     >>> params = {"w": torch.tensor(3.0)}
     >>> fstep.pp_forward_backward(stage, loss, params, [torch.tensor([1.0, 2.0]), torch.tensor([1.0])])
     (Ratio(num=tensor(54.), den=tensor(3.)), {'w': tensor(36.)})
+    >>> def two_stages(mesh):  # each multiplies by 3
+    ...     return fstep.pp_forward_backward(stage, loss, params, [torch.tensor([1.0, 2.0])], axis=mesh.pp)
+    >>> fstep.simulate(two_stages, pp=2)[0]
+    (Ratio(num=tensor(405.), den=tensor(2.)), {'w': tensor(270.)})
     """
     check_callable("pp_forward_backward", "stage_fn", stage_fn)
     check_callable("pp_forward_backward", "loss_fn", loss_fn)
-    _check("pp_forward_backward", microbatches, axis, schedule)
+    table = _check("pp_forward_backward", params, microbatches, axis, schedule)
     total: Any = None
 
-    if is_recording(params, list(microbatches)):
+    if table is None and is_recording(params, list(microbatches)):
         grads: Any = None
         take = value_and_grad(lambda p, mb: _run(stage_fn, loss_fn, p, mb), has_aux=True, trainable=trainable)
         for microbatch in microbatches:
@@ -135,18 +199,54 @@ def pp_forward_backward(
             total, grads = _add_pair(total, pair), _add(grads, new)
     else:
         refuse_inference_mode("pp_forward_backward")
-        pick, rest = split_trainable(params, trainable)
+        pick, rest = split_trainable(params, trainable, none_is_fine=axis.size > 1)
         with torch.enable_grad():
             leaves = [private_leaf(x, recording=False) for x in tree_leaves(pick)]
             private = tree_merge(tree_replace_leaves(pick, leaves), detach(rest))
-            for microbatch in microbatches:
-                pair = _run(stage_fn, loss_fn, private, microbatch)
-                backward_into([pair[0].num], None, leaves)
-                total = _add_pair(total, detach(pair))
+            if table is None:
+                for microbatch in microbatches:
+                    pair = _run(stage_fn, loss_fn, private, microbatch)
+                    backward_into([pair[0].num], [torch.ones_like(pair[0].num)], leaves)
+                    total = _add_pair(total, detach(pair))
+            else:
+                total = _run_table(table, stage_fn, loss_fn, private, microbatches, axis)
         grads = tree_replace_leaves(pick, read_grads(leaves))
 
     loss, metrics = total
     return ((loss, metrics) if metrics else loss), grads
+
+
+def _run_table(
+    table: Schedule, stage_fn: Callable, loss_fn: Callable, params: Any, microbatches: Sequence[Any], axis: Axis
+) -> tuple[Ratio, Metrics]:
+    """Follow the table; gradients are added to the params, which are private leaves. Return the loss of all ranks."""
+    parts = stage_parts("pp_forward_backward", params, table, axis)
+    device = _device(params, list(microbatches))
+    run = Run(
+        "pp_forward_backward",
+        table,
+        axis,
+        device,
+        lambda stage, x, m: _run_stage(stage_fn, parts[stage], x, microbatches[m]),
+        lambda x, m: _run_loss(loss_fn, parts[table.stages - 1], x, microbatches[m]),
+        {stage: [x for x in tensors_of(part) if x.requires_grad] for stage, part in parts.items()},
+    )
+    run()
+    for stage in parts:
+        _same_names([aux[stage] for aux in run.aux])
+    joined = [join_stages(aux) for aux in run.aux]
+    # One kind of name for each kind of ratio, so that a metric cannot be mistaken for another stage's auxiliary loss.
+    own = {f"aux {name}": ratio for name, ratio in add_up([ratios for ratios, _ in joined]).items()}
+    stage_of = {f"aux {name}": stage for name, stage in joined[0][1].items()}
+    if table.stages - 1 in parts:
+        _same_names([metrics for _, metrics in run.results])
+        own |= {f"metric {name}": ratio for name, ratio in add_up([metrics for _, metrics in run.results]).items()}
+        own |= add_up([{"loss": loss} for loss, _ in run.results])
+    summed = sum_ratios(own, stage_of, axis, device)
+    kinds = {
+        kind: {n.removeprefix(kind): r for n, r in summed.items() if n.startswith(kind)} for kind in ("metric ", "aux ")
+    }
+    return _join(summed["loss"], kinds["metric "], kinds["aux "])
 
 
 def pp_forward(
@@ -156,12 +256,16 @@ def pp_forward(
     microbatches: Sequence[Any],
     *,
     axis: Axis = Axis("pp"),  # noqa: B008 -- immutable
-    schedule: str = "1f1b",
+    schedule: ScheduleLike = "1f1b",
 ) -> tuple[Any, ...]:
     """Run the model without gradients and return ``fn(params, x, microbatch)`` for every microbatch, in order.
 
     For evaluation (``fn`` is the loss, and the sum of the Ratios is the validation loss) and scoring (``fn`` returns log
-    probabilities). Auxiliary losses of the stages are left out.
+    probabilities). Auxiliary losses of the stages are left out. Over several ranks it is the same pipeline as
+    `pp_forward_backward`, forward only, and follows the same rules.
+
+    Inputs: as for `pp_forward_backward`. Outputs: replicated over ``axis``; ``fn`` runs on the last stage's rank and its
+    results are sent to all, so let it return what is small: a loss, log probabilities, not logits.
 
     >>> import torch, fstep
     >>> stage = lambda params, x, mb: mb * params["w"]
@@ -170,10 +274,21 @@ def pp_forward(
     """
     check_callable("pp_forward", "stage_fn", stage_fn)
     check_callable("pp_forward", "fn", fn)
-    _check("pp_forward", microbatches, axis, schedule)
-    results = []
+    table = _check("pp_forward", params, microbatches, axis, schedule)
     with torch.no_grad():
-        for microbatch in microbatches:
-            x, _ = _split(stage_fn(params, None, microbatch))
-            results.append(fn(params, x, microbatch))
-    return tuple(results)
+        if table is None:
+            return tuple(fn(params, _split(stage_fn(params, None, mb))[0], mb) for mb in microbatches)
+        table = table.forward_only()
+        parts = stage_parts("pp_forward", params, table, axis)
+        last, device = table.stages - 1, _device(params, list(microbatches))
+        run = Run(
+            "pp_forward",
+            table,
+            axis,
+            device,
+            lambda stage, x, m: _split(stage_fn(parts[stage], x, microbatches[m])),
+            lambda x, m: fn(parts[last], x, microbatches[m]),
+            None,
+        )
+        run()
+        return broadcast_results(run.results if last in parts else None, table.rank_of[last], axis, device)

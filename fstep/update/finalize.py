@@ -24,9 +24,11 @@ from torch import Tensor
 
 from fstep.mesh.axis import Mesh, require_single
 from fstep.mesh.collectives import psum
+from fstep.mesh.place import places
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
 from fstep.tree import check_type, tree_leaves, tree_paths, tree_replace_leaves
+from fstep.update.reduce import counted, everybody, norm_over_mesh, sum_gradients
 from fstep.update.rows import leaf_norms
 
 RESERVED = ("loss", "weight", "grad_norm", "nonfinite")
@@ -52,9 +54,11 @@ def finalize_grads(
     gradient is NaN, and an optimizer skips the step. Nothing waits for the device. Outer derivatives and `vmap` go
     through. ``donate=True`` writes the result into the memory of ``grads``.
 
-    ``loss`` and ``grads`` are *partial sums* over ``mesh.dp``: what each rank computed from its own documents, maybe none.
-    Here they are added up, once; the results are *replicated*, the same bits on every rank. Every other axis of the mesh
-    has to have size 1 in this release.
+    Every rank of the mesh calls this. ``loss`` and ``grads`` are *partial sums* over ``mesh.dp`` and ``mesh.cp``: what each
+    rank computed from its own tokens, maybe none. Here they are added up, once, and with them the gradients of a `Copied`
+    parameter over its stages; a ZeRO piece arrives added up over its axis. Over ``mesh.tp`` and ``mesh.pp`` the loss is
+    *replicated* and each rank's gradients are those of what it holds. In the norm every parameter counts once, wherever it
+    lives. The results are the same bits on all ranks that hold the same; metrics are *replicated* over the mesh.
 
     Raises `TypeError` if ``loss`` is no `Ratio` or a leaf is no floating-point tensor, `ValueError` if ``grads`` has no
     leaves, ``max_norm`` <= 0, or a ratio is named like one of the four metrics.
@@ -68,10 +72,9 @@ def finalize_grads(
     {'loss': 3.0, 'weight': 4.0, 'grad_norm': 5.0, 'nonfinite': 0.0}
     """
     check_type("finalize_grads", "mesh", mesh, Mesh, "Mesh(), or the mesh this runs over")
-    for axis in (mesh.pp, mesh.cp, mesh.tp, mesh.ep):
-        require_single("finalize_grads", axis)
+    require_single("finalize_grads", mesh.ep)
     total, extra = _ratios(loss)
-    leaves = _leaves(grads)
+    leaves = _leaves(grads, mesh)
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"finalize_grads: max_norm is {max_norm}; pass a number > 0, or None not to clip")
     recording = is_recording(grads, total.den)
@@ -81,10 +84,17 @@ def finalize_grads(
             "torch.func transform is running); call it without donate=True, or detach what should not be differentiated"
         )
 
-    leaves, total, extra = psum((leaves, total, dict(extra)), axis=mesh.dp)
-    own = donate or mesh.dp.size > 1  # sums over ranks are new tensors, which nobody else holds
-
-    sum_norm = _norm(leaves) if recording else torch.linalg.vector_norm(leaf_norms(leaves, 2))
+    where = places(grads)
+    if mesh.size > 1:
+        leaves = sum_gradients(leaves, where, mesh)
+        total, extra = psum((total, dict(extra)), axis=mesh.over("dp", "cp"))
+    if recording:
+        sum_norm = _root(psum(_squares(counted(leaves, where, mesh), total.den), axis=everybody(mesh)))
+    elif mesh.size > 1:
+        sum_norm = norm_over_mesh(leaves, where, mesh, total.den)
+    else:
+        sum_norm = torch.linalg.vector_norm(leaf_norms(leaves, 2))
+    own = donate or mesh.over("dp", "cp").size > 1  # sums over ranks are new tensors, which nobody else holds
     den = total.den.to(sum_norm.device, sum_norm.dtype)
     some = den != 0
     safe = torch.where(some, den, 1.0)
@@ -124,9 +134,9 @@ def _ratios(loss: Any) -> tuple[Ratio, Mapping[str, Ratio]]:
     return total, extra
 
 
-def _leaves(grads: Any) -> list[Tensor]:
+def _leaves(grads: Any, mesh: Mesh) -> list[Tensor]:
     leaves = tree_leaves(grads)
-    if not leaves:
+    if not leaves and mesh.pp.size == 1:  # a pipeline may have a stage that is frozen
         raise ValueError("finalize_grads: grads has no leaves; every parameter is frozen, or the tree is empty")
     for path, leaf in zip(tree_paths(grads), leaves, strict=True):
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
@@ -135,13 +145,17 @@ def _leaves(grads: Any) -> list[Tensor]:
     return leaves
 
 
-def _norm(leaves: Sequence[Tensor]) -> Tensor:
-    """Compute the global norm as one smooth function, whose higher derivatives are right at a leaf of zeros too."""
+def _squares(leaves: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Add up all squares in operations that can be differentiated, float64 if a leaf is, else float32."""
     squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in leaves]
     wide = torch.float64 if any(s.dtype == torch.float64 for s in squares) else torch.float32
-    total = torch.stack([s.to(leaves[0].device, wide) for s in squares]).sum()
-    some = total != 0  # true for NaN, so that the root is NaN
-    return torch.where(some, torch.where(some, total, 1.0).sqrt(), 0.0)
+    return torch.stack([s.to(like.device, wide) for s in squares]).sum() if squares else like.new_zeros((), dtype=wide)
+
+
+def _root(square: Tensor) -> Tensor:
+    """Take the root; its higher derivatives are right at 0 too."""
+    some = square != 0  # true for NaN, so that the root is NaN
+    return torch.where(some, torch.where(some, square, 1.0).sqrt(), 0.0)
 
 
 def _times(g: Tensor, scale: Tensor) -> Tensor:

@@ -151,16 +151,16 @@ def trained(rows: Sequence[Row | None]) -> list[Row]:
     return [row for row in rows if row is not None]
 
 
-def leaf_norms(leaves: Sequence[Tensor], order: float) -> Tensor:
-    """Stack the norms of the leaves (order not kept), float64 if a leaf is, else float32; a few launches for all."""
+def leaf_norms(leaves: Sequence[Tensor], order: float, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Stack the norms of the leaves (order not kept), by default float64 if a leaf is, else float32, in a few launches."""
     norms: list[Tensor] = []
-    for dtype in (torch.float32, torch.float64):
+    for kind in (torch.float32, torch.float64):
         # An infinity norm of nothing is undefined, and an empty leaf adds nothing to any norm.
-        some = [x for x in leaves if x.numel() and (x.dtype == torch.float64) == (dtype == torch.float64)]
+        some = [x for x in leaves if x.numel() and (x.dtype == torch.float64) == (kind == torch.float64)]
         if some:
-            norms.extend(torch._foreach_norm(some, order, dtype=dtype))
+            norms.extend(torch._foreach_norm(some, order, dtype=dtype or kind))
     if not norms:
-        return torch.zeros(1, device=leaves[0].device)
+        return torch.zeros(1, device=leaves[0].device, dtype=dtype)
     wide = norms[-1].dtype
     return torch.stack([n.to(leaves[0].device, wide) for n in norms])
 

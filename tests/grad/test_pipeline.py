@@ -326,7 +326,7 @@ def test_pp_forward_gives_the_loss_of_pp_forward_backward() -> None:
         (dict(microbatches=fstep.make_docs([[1, 2]])), TypeError, "microbatches is a Docs; pass a sequence"),
         (dict(microbatches=[]), ValueError, "there are no microbatches; pass at least one"),
         (dict(schedule="zb"), ValueError, "schedule 'zb' is unknown; pass one of gpipe, 1f1b"),
-        (dict(axis=Axis("pp", size=2)), NotImplementedError, r"axis 'pp' has size 2, .* one process; use Mesh\(\)"),
+        (dict(axis=Axis("pp", size=2)), ValueError, "axis 'pp' has 2 ranks and no transport"),
     ],
 )
 @pytest.mark.parametrize("function", [pp_forward_backward, pp_forward])

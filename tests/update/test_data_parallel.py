@@ -1,7 +1,5 @@
 """Data parallel: a step on any number of ranks is the step on one."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -87,11 +85,3 @@ def test_arguments_are_left_alone() -> None:
         assert out["w"].tolist() == [3 / 8] * 3 and out["frozen"] is None
 
     fstep.simulate(run, dp=2)
-
-
-def test_other_axes_are_refused() -> None:
-    def run(mesh: fstep.Mesh):
-        return one_step(replace(mesh, dp=fstep.Axis("dp")), documents([3, 4]))
-
-    with pytest.raises(NotImplementedError, match="finalize_grads: axis 'cp' has size 2"):
-        fstep.simulate(run, cp=2)

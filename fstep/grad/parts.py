@@ -1,0 +1,60 @@
+"""Which part of a rank's params each of its stages runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optree
+
+from fstep.grad.schedule import Schedule
+from fstep.mesh.axis import Axis
+from fstep.mesh.place import Stages
+from fstep.tree import NAMESPACE, Tied
+
+
+def stage_parts(function: str, params: Any, schedule: Schedule, axis: Axis) -> dict[int, Any]:
+    """Return the params of each stage of this rank; a tied parameter is in every part that refers to it."""
+    stages = schedule.stages_of(axis.rank)
+    if not isinstance(params, Stages):
+        if len(stages) == 1:
+            return {stages[0]: params}
+        raise ValueError(
+            f"{function}: schedule {schedule.name!r} gives rank {axis.rank} the stages {', '.join(map(str, stages))}, and "
+            f"params is a {type(params).__name__}; pass Stages({{{stages[0]}: ..., ...}}) with a subtree for each"
+        )
+    if sorted(params.parts) != list(stages):
+        raise ValueError(
+            f"{function}: params are Stages {sorted(params.parts)}, and schedule {schedule.name!r} gives rank {axis.rank} "
+            f"the stages {list(stages)}; cut the params for this schedule"
+        )
+    return {stage: _with_tied(function, params.parts[stage], params.parts) for stage in stages}
+
+
+def _with_tied(function: str, part: Any, parts: Mapping[int, Any]) -> Any:
+    """Add to a stage's part the parameters that another part of this rank holds for it."""
+    leaves = optree.tree_leaves(part, lambda x: isinstance(x, Tied), none_is_leaf=True, namespace=NAMESPACE)
+    for tied in (x for x in leaves if isinstance(x, Tied)):
+        keys = tied.to.split(".")
+        if _find(part, keys) is not None:
+            continue
+        found = [x for x in (_find(other, keys) for other in parts.values()) if x is not None]
+        if not found:
+            raise ValueError(f"{function}: params are tied to {tied.to!r}, which this rank has not; give it a Copied")
+        part = _put(part, keys, found[0])
+    return part
+
+
+def _find(tree: Any, keys: list[str]) -> Any:
+    for key in keys:
+        tree = {str(k): v for k, v in tree.items()}.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _put(tree: Any, keys: list[str], value: Any) -> Any:
+    """Return a tree of dicts with one more entry."""
+    if not keys:
+        return value
+    names = {str(k): k for k in tree}
+    key = names.get(keys[0], keys[0])
+    return {**tree, key: _put(tree.get(key, {}), keys[1:], value)}

@@ -1,0 +1,119 @@
+"""Adding gradients up over the mesh, and measuring them, each parameter once.
+
+                     dp, cp                  pp                          tp
+    plain leaf       partial: added up       another parameter           the same on all ranks
+    Shard            partial: added up       another parameter           another part, complete
+    Copied           partial: added up       the copies are added up     (what it wraps)
+    ZeRO piece       another part, complete  another parameter           (what it wraps)
+
+All of it is read off the params tree, by `places`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fstep.mesh.axis import Axis, Mesh
+from fstep.mesh.collectives import psum
+from fstep.mesh.exchange import transport
+from fstep.mesh.place import Copied, Place
+from fstep.mesh.transport import combine
+from fstep.update.rows import leaf_norms
+
+DATA = ("dp", "cp")  # along these ranks see other tokens with the same parameters
+BUCKET_BYTES = 1 << 26
+
+
+def sum_gradients(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh) -> list[Tensor]:
+    """Return each gradient summed over the ranks that computed a part of it."""
+    out = list(leaves)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, place in enumerate(places):
+        cut = {name for axis in place.axes for name in axis.name.split("+")}
+        groups.setdefault(tuple(name for name in DATA if name not in cut), []).append(i)
+    # In an order that all ranks share: what they hold differs, what they sum over does not.
+    for names in ((*DATA,), DATA[:1], DATA[1:]):
+        if names in groups:
+            axis = mesh.over(*names)
+            if axis.size > 1:
+                members = groups[names]
+                for bucket in _buckets([out[i] for i in members]):
+                    for j, x in zip(bucket, _sum_flat([out[members[j]] for j in bucket], axis), strict=True):
+                        out[members[j]] = x
+    for i, place in enumerate(places):
+        if place.copies is not None:
+            out[i] = _sum_copies(out[i], place.copies)
+    return out
+
+
+def _buckets(leaves: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Group leaves of one dtype, so that a model's many small gradients need few messages."""
+    open_buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for i, x in enumerate(leaves):
+        kind = (x.dtype, x.device)
+        if kind in open_buckets and sizes[kind] + x.nbytes > BUCKET_BYTES:
+            yield open_buckets.pop(kind)
+            sizes[kind] = 0
+        open_buckets.setdefault(kind, []).append(i)
+        sizes[kind] = sizes.get(kind, 0) + x.nbytes
+    yield from open_buckets.values()
+
+
+def _sum_flat(leaves: Sequence[Tensor], axis: Axis) -> list[Tensor]:
+    if len(leaves) == 1:
+        return [psum(leaves[0], axis=axis)]
+    flat = psum(torch.cat([x.reshape(-1) for x in leaves]), axis=axis)
+    parts = flat.split([x.numel() for x in leaves])
+    return [part.view(x.shape) for part, x in zip(parts, leaves, strict=True)]
+
+
+def _sum_copies(x: Tensor, copies: Copied) -> Tensor:
+    """Add up a parameter's gradients on the stages that hold it, in their order: all get the same bits."""
+    if x.requires_grad:
+        raise ValueError(
+            "finalize_grads: an outer derivative is being taken through a parameter that several stages hold; detach grads"
+        )
+    line, me = transport("finalize_grads", copies.axis), copies.axis.rank
+    x = x.contiguous()
+    # Down and up the pipeline on different channels: two ranks that both send first would wait for each other.
+    out = [line.send(x, r, channel="forward" if r > me else "backward") for r in copies.ranks if r != me]
+    parts = [
+        x if r == me else line.recv(r, x.shape, x.dtype, channel="forward" if r < me else "backward").wait()
+        for r in copies.ranks
+    ]
+    for pending in out:
+        pending.wait()
+    return combine(parts, "sum")
+
+
+def norm_over_mesh(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh, like: Tensor) -> Tensor:
+    """Return the norm of all parameters' gradients together, in float32, or float64 if a leaf is; the same on all ranks.
+
+    The squares are added in float64, so that a float32 norm does not depend on how parameters are cut.
+    """
+    mine = counted(leaves, places, mesh)
+    square = torch.zeros((), dtype=torch.float64, device=like.device)
+    if mine:
+        square = leaf_norms(mine, 2, dtype=torch.float64).to(like.device).square().sum()
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in leaves or [like]) else torch.float32
+    return psum(square, axis=everybody(mesh)).sqrt().to(wide)
+
+
+def counted(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh) -> list[Tensor]:
+    """Return the leaves that this rank counts: of ranks that hold the same elements, the first one does."""
+    at_zero = {name for name in ("dp", "ep", "cp", "tp") if getattr(mesh, name).rank == 0}
+    out = []
+    for x, place in zip(leaves, places, strict=True):
+        cut = {name for axis in place.axes for name in axis.name.split("+")}
+        if {"dp", "ep", "cp", "tp"} <= at_zero | cut and place.counts:
+            out.append(x)
+    return out
+
+
+def everybody(mesh: Mesh) -> Axis:
+    """Return the axis of all ranks."""
+    return mesh.over("pp", "dp", "ep", "cp", "tp")
