@@ -8,6 +8,8 @@ for `divide_documents`, which gives each rank its part of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fstep.batch.batch import Docs, select_documents
 from fstep.batch.plan import Bins, plan_balanced, plan_first_fit
 from fstep.mesh.axis import Axis
@@ -43,7 +45,12 @@ def divide_documents(batch: Docs, *, axis: Axis) -> Docs:
 
 
 def split_microbatches(
-    batch: Docs, *, num: int | None = None, max_tokens: int | None = None, multiple_of: int = 1
+    batch: Docs,
+    *,
+    num: int | None = None,
+    max_tokens: int | None = None,
+    multiple_of: int = 1,
+    axis: Axis = Axis("dp"),  # noqa: B008 -- immutable
 ) -> tuple[Docs, ...]:
     """Cut ``batch`` into ``num`` microbatches, or into as few as hold at most ``max_tokens`` tokens each.
 
@@ -52,30 +59,44 @@ def split_microbatches(
     will be called with, so that padding counts towards the budget. With ``num`` larger than the number of documents some
     parts are empty; packed, they carry weight 0.
 
+    With an ``axis`` of several ranks ``batch`` is first divided, as by `divide_documents`, and each rank gets the
+    microbatches of its own documents, the same number of them on every rank: some may be empty. Input: replicated over
+    ``axis``; output: a shard of it. Nothing is communicated.
+
     Raises ValueError if a document is longer than ``max_tokens``, or unless exactly one of ``num``, ``max_tokens`` is given.
 
     >>> import fstep
     >>> docs = fstep.make_docs([[1] * 5, [2] * 3, [3] * 3, [4] * 2, [5] * 2, [6]])
     >>> [part.lengths.tolist() for part in fstep.split_microbatches(docs, max_tokens=8)]
     [[5, 2, 1], [3, 3, 2]]
+    >>> cut = lambda mesh: fstep.split_microbatches(docs, max_tokens=5, axis=mesh.dp)
+    >>> [[part.lengths.tolist() for part in parts] for parts in fstep.simulate(cut, dp=2)]
+    [[[5], [2, 1]], [[3, 2], [3]]]
     """
     check_type("split_microbatches", "batch", batch, Docs, "what make_docs returns")
+    check_type("split_microbatches", "axis", axis, Axis, "an axis of the mesh, e.g. mesh.dp")
     if (num is None) == (max_tokens is None):
         raise ValueError(f"split_microbatches: num={num} and max_tokens={max_tokens}; pass exactly one of them")
     if multiple_of < 1:
         raise ValueError(f"split_microbatches: multiple_of is {multiple_of}; pass 1 or more")
+    if num is not None and num < 1:
+        raise ValueError(f"split_microbatches: num is {num}; pass 1 or more")
     lengths = [(n + multiple_of - 1) // multiple_of * multiple_of for n in batch.lengths.tolist()]
-    if num is not None:
-        if num < 1:
-            raise ValueError(f"split_microbatches: num is {num}; pass 1 or more")
-        bins = plan_balanced(lengths, num)
-    else:
-        assert max_tokens is not None
-        if lengths and max(lengths) > max_tokens:
-            longest = lengths.index(max(lengths))
-            raise ValueError(
-                f"split_microbatches: document {int(batch.index[longest])} needs {max(lengths)} tokens (with multiple_of="
-                f"{multiple_of}) and max_tokens is {max_tokens}; raise max_tokens or cut the document"
-            )
-        bins = _fewest_balanced(lengths, max_tokens)
-    return tuple(select_documents(batch, b) for b in bins)
+    if max_tokens is not None and lengths and max(lengths) > max_tokens:
+        longest = lengths.index(max(lengths))
+        raise ValueError(
+            f"split_microbatches: document {int(batch.index[longest])} needs {max(lengths)} tokens (with multiple_of="
+            f"{multiple_of}) and max_tokens is {max_tokens}; raise max_tokens or cut the document"
+        )
+    shares = (tuple(range(len(lengths))),) if axis.size == 1 else plan_balanced(batch.lengths, axis.size)
+
+    def plan(share: Sequence[int]) -> Bins:
+        mine = [lengths[i] for i in share]
+        bins = plan_balanced(mine, num) if max_tokens is None else _fewest_balanced(mine, max_tokens)
+        return tuple(tuple(share[i] for i in b) for b in bins)
+
+    # Every rank plans for all, so that all know how many microbatches the one with the most has.
+    plans = [plan(share) for share in shares]
+    own = plans[axis.rank]
+    own += ((),) * (max(map(len, plans)) - len(own))
+    return tuple(select_documents(batch, b) for b in own)

@@ -134,3 +134,19 @@ def test_split_refuses(arguments: dict[str, int], message: str) -> None:
     batch = dataclasses.replace(of_lengths([3, 7, 2]), index=torch.tensor([10, 11, 12]))
     with pytest.raises(ValueError, match=f"^split_microbatches: {message}"):
         fstep.split_microbatches(batch, **arguments)
+
+
+@pytest.mark.parametrize("dp", [2, 3])
+@pytest.mark.parametrize("arguments", [{"num": 3}, {"max_tokens": 13}, {"max_tokens": 16, "multiple_of": 4}])
+@pytest.mark.parametrize("lengths", [[13, 1, 1, 1, 9, 2, 2, 3, 3], [7, 6], [5], []], ids=str)
+def test_ranks_cut_their_own_documents_in_the_same_number_of_parts(
+    lengths: list[int], arguments: dict[str, int], dp: int
+) -> None:
+    batch = random_docs(1, lengths)
+    results = fstep.simulate(lambda mesh: fstep.split_microbatches(batch, axis=mesh.dp, **arguments), dp=dp)
+    assert len({len(parts) for parts in results}) == 1
+    for rank, parts in enumerate(results):
+        mine = fstep.simulate(lambda mesh: fstep.divide_documents(batch, axis=mesh.dp), dp=dp)[rank]
+        assert sorted(i for part in parts for i in part.index.tolist()) == sorted(mine.index.tolist())
+        assert all(int(part.lengths.sum()) <= 16 for part in parts if "max_tokens" in arguments)
+    assert sorted(i for parts in results for part in parts for i in part.index.tolist()) == list(range(len(lengths)))
