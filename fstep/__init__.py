@@ -9,17 +9,21 @@ from fstep.batch.packed import Packed
 from fstep.batch.plan import plan_balanced, plan_first_fit
 from fstep.grad.autodiff import split_trainable, value_and_grad, vjp
 from fstep.grad.by_name import stage_ranks
+from fstep.grad.fold import fold_layers
 from fstep.grad.lift import lift
+from fstep.grad.pieces import Pieces
 from fstep.grad.pipeline import pp_forward, pp_forward_backward
 from fstep.grad.remat import remat
 from fstep.grad.schedule import Action, Schedule, ScheduleStats, Span
 from fstep.grad.schedules import dualpipev, gpipe, interleaved, interleaved_zero_bubble, one_f_one_b, zbv
+from fstep.grad.shard import gather_params, scatter_grads, shard_params, unshard_params
 from fstep.key import Key
 from fstep.loss.sft import sft_loss
 from fstep.mesh.axis import Axis, Mesh, require_single
 from fstep.mesh.collectives import (
     all_gather,
     all_to_all,
+    as_partial,
     broadcast,
     pmax,
     ppermute,
@@ -29,14 +33,16 @@ from fstep.mesh.collectives import (
     take_shard,
 )
 from fstep.mesh.launch import mesh_from_env
-from fstep.mesh.place import Copied, Place, Shard, Stages, bare, places
+from fstep.mesh.place import Copied, Place, Shard, Stages, bare, cut_like, places
 from fstep.mesh.simulate import simulate
 from fstep.mesh.transport import MeshError
 from fstep.ops.attention import packed_attention
-from fstep.ops.context import cp_shard
+from fstep.ops.context import cp_attention, cp_gather_logprobs, cp_shard, cp_unshard
 from fstep.ops.head import head_logits, token_logprobs
 from fstep.ops.layers import embed, linear, rms_norm, rotate
 from fstep.ops.rope import Rope, rope_tables
+from fstep.ops.tensor import tp_embed, tp_gather, tp_local, tp_row_linear, tp_scatter
+from fstep.ops.vocab import tp_head_logits, tp_token_logprobs
 from fstep.ratio import Ratio
 from fstep.state.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
 from fstep.state.state import DonatedError, TrainState, init_state
@@ -80,6 +86,7 @@ __all__ = [
     "Muon",
     "MuonState",
     "Packed",
+    "Pieces",
     "Place",
     "Ratio",
     "Rope",
@@ -95,17 +102,24 @@ __all__ = [
     "adamw",
     "all_gather",
     "all_to_all",
+    "as_partial",
     "bare",
     "broadcast",
     "cast",
     "constant",
+    "cp_attention",
+    "cp_gather_logprobs",
     "cp_shard",
+    "cp_unshard",
     "cut",
+    "cut_like",
     "divide_documents",
     "draw_documents",
     "dualpipev",
     "embed",
     "finalize_grads",
+    "fold_layers",
+    "gather_params",
     "gpipe",
     "head_logits",
     "hidden_matrices",
@@ -145,9 +159,11 @@ __all__ = [
     "rotate",
     "save_checkpoint",
     "save_hf",
+    "scatter_grads",
     "select_documents",
     "sft_loss",
     "sgd",
+    "shard_params",
     "simulate",
     "split_documents",
     "split_microbatches",
@@ -158,6 +174,13 @@ __all__ = [
     "take_shard",
     "to_device",
     "token_logprobs",
+    "tp_embed",
+    "tp_gather",
+    "tp_head_logits",
+    "tp_local",
+    "tp_row_linear",
+    "tp_scatter",
+    "tp_token_logprobs",
     "tree_leaves",
     "tree_map",
     "tree_map_with_path",
@@ -165,6 +188,7 @@ __all__ = [
     "tree_paths",
     "tree_replace_leaves",
     "unpack_thd",
+    "unshard_params",
     "value_and_grad",
     "vjp",
     "warmup_cosine",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -22,33 +22,61 @@ import torch
 from torch import Tensor
 
 import fstep
-from fstep import HFTensor, Key, Mesh, Packed, Tied
-from fstep.tree import check_type
+from fstep import Key, Mesh, Packed, Tied
+from fstep.ops.tensor import part_of
 from fstep_models.config import read_json, tokenizer_files
 from fstep_models.dense_config import ACTIVATIONS, Config
+from fstep_models.dense_parts import check_mesh, spec_on
 
 Params = dict[Any, Any]
 __all__ = ["Config", "Dense", "block"]
 
 
-def block(
-    layer: Params, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, model: Dense
-) -> Tensor:
-    """Run one decoder layer on [T, dim]."""
-    c = model.config
-    p = fstep.cast(layer, model.dtype)
-    h = fstep.rms_norm(x, p["attn_norm"], eps=c.eps)
-    q = fstep.linear(h, p["q"], p.get("q_bias")).view(-1, c.heads, c.head_dim)
-    k = fstep.linear(h, p["k"], p.get("k_bias")).view(-1, c.kv_heads, c.head_dim)
-    v = fstep.linear(h, p["v"], p.get("v_bias")).view(-1, c.kv_heads, c.head_dim)
+def qkv(p: Params, h: Tensor, cos: Tensor, sin: Tensor, model: Dense, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+    """Make queries, keys and values of this rank's heads, for all tokens [T, dim]."""
+    c, tp = model.config, mesh.tp
+    q = fstep.linear(h, p["q"], p.get("q_bias")).view(-1, c.heads // tp.size, c.head_dim)
+    k = fstep.linear(h, p["k"], p.get("k_bias")).view(len(h), -1, c.head_dim)
+    v = fstep.linear(h, p["v"], p.get("v_bias")).view(len(h), -1, c.head_dim)
+    if c.kv_heads % tp.size:  # fewer key heads than ranks: every rank has them all, and uses the one of its queries
+        mine = tp.rank * c.kv_heads // tp.size
+        k, v = k[:, mine : mine + 1], v[:, mine : mine + 1]
     if "q_norm" in p:
         q, k = fstep.rms_norm(q, p["q_norm"], eps=c.eps), fstep.rms_norm(k, p["k_norm"], eps=c.eps)
-    q, k = fstep.rotate(q, cos, sin), fstep.rotate(k, cos, sin)
-    y = fstep.packed_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, method=model.attention)
-    x = x + fstep.linear(y.reshape(-1, c.heads * c.head_dim), p["o"], p.get("o_bias"))
-    h = fstep.rms_norm(x, p["mlp_norm"], eps=c.eps)
-    gate = ACTIVATIONS[c.act](fstep.linear(h, p["gate"], p.get("gate_bias")))
-    return x + fstep.linear(gate * fstep.linear(h, p["up"], p.get("up_bias")), p["down"], p.get("down_bias"))
+    return fstep.rotate(q, cos, sin), fstep.rotate(k, cos, sin), v
+
+
+def mlp(p: Params, h: Tensor, model: Dense) -> Tensor:
+    """Make this rank's part of the hidden features, for all tokens [T, dim]."""
+    gate = ACTIVATIONS[model.config.act](fstep.linear(h, p["gate"], p.get("gate_bias")))
+    return gate * fstep.linear(h, p["up"], p.get("up_bias"))
+
+
+def block(
+    layer: Params,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int,
+    model: Dense,
+    mesh: Mesh,
+    *,
+    pieces: tuple[Callable[..., Any], ...] = (fstep.rms_norm, qkv, mlp),
+) -> Tensor:
+    """Run one decoder layer on this rank's tokens [ceil(T / tp), dim]; attention sees all T of them, of some heads."""
+    norm, project, feed = pieces
+    eps, tokens = model.config.eps, len(cos)
+    p = fstep.cast(layer, model.dtype)
+    h = fstep.tp_gather(norm(x, p["attn_norm"], eps=eps), axis=mesh.tp, tokens=tokens)
+    q, k, v = project(p, h, cos, sin, model, mesh)
+    y = fstep.cp_attention(
+        q, k, v, cu_seqlens, axis=mesh.cp, max_seqlen=max_seqlen, window=window, method=model.context, kernel=model.attention
+    )
+    x = x + fstep.tp_row_linear(y.flatten(1), p["o"], p.get("o_bias"), axis=mesh.tp)
+    h = fstep.tp_gather(norm(x, p["mlp_norm"], eps=eps), axis=mesh.tp, tokens=tokens)
+    return x + fstep.tp_row_linear(feed(p, h, model), p["down"], p.get("down_bias"), axis=mesh.tp)
 
 
 @dataclass(frozen=True)
@@ -56,112 +84,123 @@ class Dense:
     """A dense decoder: its `Config` and how it is computed. It holds no parameters; every method takes them.
 
     ``dtype`` is what blocks and head compute in (None: the params' own), ``remat`` a policy of `fstep.remat` for each
-    block, ``attention`` a method of `fstep.packed_attention`, ``compile`` whether the block goes through torch.compile
-    (once for all layers).
+    block, ``attention`` a method of `fstep.packed_attention`, ``context`` one of `fstep.cp_attention`, ``compile`` whether
+    the block goes through torch.compile (once for all layers; on a mesh with cp or tp, what is between two exchanges).
     """
 
     config: Config
     dtype: torch.dtype | None = None
     remat: Any = "none"
     attention: str = "auto"
+    context: str = "ring"
     compile: bool = False
 
     @cached_property
     def _block(self) -> Callable[..., Tensor]:
+        """The block where nothing is exchanged inside."""
         run = fstep.remat(block, self.remat)
         return torch.compile(run, fullgraph=True) if self.compile else run
 
-    def spec(self) -> Params:
-        """Return the params' structure: for each leaf its Hugging Face name and shape."""
-        c = self.config
-        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        maps = {
-            "q": ("self_attn.q_proj", q, c.dim, c.qkv_bias),
-            "k": ("self_attn.k_proj", kv, c.dim, c.qkv_bias),
-            "v": ("self_attn.v_proj", kv, c.dim, c.qkv_bias),
-            "o": ("self_attn.o_proj", c.dim, q, c.out_bias),
-            "gate": ("mlp.gate_proj", c.ffn, c.dim, c.mlp_bias),
-            "up": ("mlp.up_proj", c.ffn, c.dim, c.mlp_bias),
-            "down": ("mlp.down_proj", c.dim, c.ffn, c.mlp_bias),
-        }
-        norms = {"attn_norm": ("input_layernorm", c.dim), "mlp_norm": ("post_attention_layernorm", c.dim)}
-        if c.qk_norm:
-            norms |= {"q_norm": ("self_attn.q_norm", c.head_dim), "k_norm": ("self_attn.k_norm", c.head_dim)}
+    @cached_property
+    def _block_on_mesh(self) -> Callable[..., Tensor]:
+        run = block
+        if self.compile:
+            pieces = [torch.compile(f, fullgraph=True) for f in (fstep.rms_norm, qkv, mlp)]
+            run = partial(block, pieces=tuple(pieces))
+        return fstep.remat(run, self.remat)
 
-        def layer(i: int) -> Params:
-            at = f"model.layers.{i}"
-            tree = {k: HFTensor(f"{at}.{name}.weight", (n, m)) for k, (name, n, m, _) in maps.items()}
-            tree |= {f"{k}_bias": HFTensor(f"{at}.{name}.bias", (n,)) for k, (name, n, _, b) in maps.items() if b}
-            return tree | {k: HFTensor(f"{at}.{name}.weight", (n,)) for k, (name, n) in norms.items()}
+    def spec(self, mesh: Mesh = Mesh(), schedule: Any = "1f1b") -> Any:  # noqa: B008
+        """Return the params' structure on this rank: for each leaf its Hugging Face name and whole shape, inside nodes."""
+        check_mesh("spec", mesh, self)
+        return spec_on(self.config, mesh, schedule)
 
-        return {
-            "embed": HFTensor("model.embed_tokens.weight", (c.vocab, c.dim)),
-            "layers": {i: layer(i) for i in range(c.layers)},
-            "norm": HFTensor("model.norm.weight", (c.dim,)),
-            "head": Tied("embed") if c.tied else HFTensor("lm_head.weight", (c.vocab, c.dim)),
-        }
+    def part(self, params: Params, *, mesh: Mesh, schedule: Any = "1f1b") -> Any:
+        """Cut whole params to those of this rank."""
+        return fstep.cut_like(self.spec(mesh, schedule), params)
 
-    def init(self, key: Key, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-        """Draw fresh params: weights normal with the config's deviation, norms 1, biases 0."""
+    def init(
+        self,
+        key: Key,
+        *,
+        mesh: Mesh = Mesh(),  # noqa: B008
+        schedule: Any = "1f1b",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Any:
+        """Draw fresh params, this rank's: weights normal with the config's deviation, norms 1, biases 0."""
 
-        def draw(path: str, want: HFTensor) -> Tensor:
-            if path.endswith("_bias"):
-                return torch.zeros(want.shape, dtype=dtype, device=device)
-            if len(want.shape) == 1:
-                return torch.ones(want.shape, dtype=dtype, device=device)
+        def draw(place: fstep.Place) -> Tensor:
+            if place.path.endswith("_bias"):
+                return torch.zeros(place.shape, dtype=dtype, device=device)
+            if len(place.shape) == 1:
+                return torch.ones(place.shape, dtype=dtype, device=device)
             # A leaf's numbers depend on its name only, not on which other leaves are drawn beside it.
-            own = key.fold_in(zlib.crc32(path.encode()))
-            return own.normal(want.shape, dtype=dtype, device=device) * self.config.init_std
+            own = key.fold_in(zlib.crc32(place.path.encode()))
+            return own.normal(place.shape, dtype=dtype, device=device) * self.config.init_std
 
-        return fstep.tree_map_with_path(draw, self.spec())
+        spec = self.spec(mesh, schedule)
+        return fstep.tree_replace_leaves(spec, [place.cut(draw(place)) for place in fstep.places(spec)])
 
     @staticmethod
     def load(
-        folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> tuple[Dense, Params]:
-        """Read a Hugging Face folder: the model of its config.json, and its weights in ``dtype``."""
+        folder: str | Path,
+        *,
+        mesh: Mesh = Mesh(),  # noqa: B008
+        schedule: Any = "1f1b",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> tuple[Dense, Any]:
+        """Read a Hugging Face folder: the model of its config.json, and this rank's weights in ``dtype``."""
         model = Dense(Config.from_hf(folder))
         tied = {"lm_head.weight": "embed"} if model.config.tied else {}
-        ignore = ("rotary_emb.inv_freq",)
-        return model, fstep.load_hf(folder, model.spec(), dtype=dtype, device=device, tied=tied, ignore=ignore)
+        here, whole, ignore = model.spec(mesh, schedule), model.spec(), ("rotary_emb.inv_freq",)
+        return model, fstep.load_hf(folder, here, whole=whole, dtype=dtype, device=device, tied=tied, ignore=ignore)
 
     def save(
         self,
         folder: str | Path,
-        params: Params,
+        params: Any,
         *,
+        mesh: Mesh = Mesh(),  # noqa: B008
         like: str | Path | None = None,
         dtype: torch.dtype | None = None,
         max_shard_bytes: int = 5_000_000_000,
     ) -> Path:
         """Write a folder that transformers loads, in ``dtype`` (by default the params' own), and return its path.
 
+        On a mesh every rank calls it with its own params, and rank 0 writes the same files as one process would.
         ``like`` is a model folder whose tokenizer files and config details (special tokens, ...) are kept.
         """
         config = self.config.to_hf({} if like is None else read_json(like))
         config["dtype"] = str(dtype or fstep.tree_leaves(params)[0].dtype).removeprefix("torch.")
         files = [] if like is None else tokenizer_files(like)
-        return fstep.save_hf(
-            folder, params, self.spec(), config=config, dtype=dtype, max_shard_bytes=max_shard_bytes, extra_files=files
-        )
+        options: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "extra_files": files}
+        return fstep.save_hf(folder, params, self.spec(), mesh=mesh, config=config, **options)
 
     def stage(self, mesh: Mesh = Mesh()) -> Callable[[Params, Tensor | None, Packed], Tensor]:  # noqa: B008
-        """Return ``stage_fn(params, x, packed)``: hidden states [T, dim] after the layers that the params have."""
-        check_type("Dense.stage", "mesh", mesh, Mesh, "Mesh(), or the mesh this runs over")
-        for axis in (mesh.pp, mesh.cp, mesh.tp, mesh.ep):
-            fstep.require_single("Dense.stage", axis)
+        """Return ``stage_fn(params, x, packed)``: hidden states after the layers that the params have.
+
+        ``packed`` is this rank's of ``mesh.cp`` and has T tokens; ``x``, and what comes out, is a shard of them over
+        ``mesh.tp``, [ceil(T / tp), dim].
+        """
+        check_mesh("stage", mesh, self)
 
         def run(params: Params, x: Tensor | None, mb: Packed) -> Tensor:
             if not isinstance(mb, Packed):
                 raise TypeError(f"Dense.stage: the microbatch is a {type(mb).__name__}; pass it through pack_thd first")
             if x is None:
-                x = fstep.embed(mb.tokens, params["embed"])
+                x = fstep.tp_embed(mb.tokens, fstep.gather_params(params["embed"]), axis=mesh.tp)
                 x = x if self.dtype is None else x.to(self.dtype)
             cos, sin = self._tables(mb, x.dtype)
-            for i in sorted(params.get("layers", {})):
-                layer, window = params["layers"][i], self.config.windows[i]
-                x = self._block(layer, x, cos, sin, mb.cu_seqlens_padded, mb.max_seqlen, window, self)
-            return x
+            run_block = self._block if mesh.cp.size == mesh.tp.size == 1 else self._block_on_mesh
+
+            def layer(i: int, p: Params, x: Tensor) -> Tensor:
+                if mesh.tp.size > 1:
+                    part_of(f"Dense.stage: layers.{i}.q", p["q"], mesh.tp, dim=0)
+                p = fstep.tp_local(p, axis=mesh.tp)
+                return run_block(p, x, cos, sin, mb.cu_seqlens_padded, mb.max_seqlen, self.config.windows[i], self, mesh)
+
+            return fstep.fold_layers(layer, params.get("layers", {}), x)
 
         return run
 
@@ -172,15 +211,28 @@ class Dense:
         lengths = mb.cu_seqlens.diff()[document]
         return fstep.rope_tables(self.config.rope, mb.positions, lengths=lengths, dtype=dtype)
 
-    def _head(self, params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(self, params: Params, x: Tensor, mesh: Mesh) -> tuple[Tensor, Any]:
         head = params["head"]
-        weight = params[head.to] if isinstance(head, Tied) else head
-        hidden = fstep.rms_norm(x, fstep.cast(params["norm"], self.dtype), eps=self.config.eps)
+        weight = fstep.gather_params(params[head.to] if isinstance(head, Tied) else head)
+        norm = fstep.tp_local(fstep.gather_params(params["norm"]), axis=mesh.tp)
+        hidden = fstep.rms_norm(x, fstep.cast(norm, self.dtype), eps=self.config.eps)
         return hidden, fstep.cast(weight, self.dtype)
 
-    def logits(self, params: Params, x: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """Return logits [T, vocab] of the last stage's hidden states; for a few tokens, as in generation."""
-        return fstep.head_logits(*self._head(params, x), temperature=temperature)
+    def logits(
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        mesh: Mesh = Mesh(),  # noqa: B008
+        tokens: int | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Return logits [T, vocab] of the last stage's hidden states; for a few tokens, as in generation.
+
+        Over ``mesh.tp`` they are replicated; ``tokens`` says then how many there are, which a shard cannot.
+        """
+        hidden, weight = self._head(params, x, mesh)
+        return fstep.tp_head_logits(hidden, weight, axis=mesh.tp, tokens=tokens, temperature=temperature)
 
     @overload
     def logprobs(
@@ -208,7 +260,13 @@ class Dense:
         temperature: float = 1.0,
         entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the log probability of each label [T], and with ``entropy`` each distribution's entropy."""
-        fstep.require_single("Dense.logprobs", mesh.tp)
-        hidden, weight = self._head(params, x)
-        return fstep.token_logprobs(hidden, weight, mb.labels, temperature=temperature, entropy=entropy)  # type: ignore[call-overload]
+        """Return the log probability of each label [T], and with ``entropy`` each distribution's entropy.
+
+        ``mb`` and the result are this rank's of ``mesh.cp``; ``x`` is a shard of its tokens over ``mesh.tp``, the result
+        is replicated over it.
+        """
+        check_mesh("logprobs", mesh, self)
+        hidden, weight = self._head(params, x, mesh)
+        return fstep.tp_token_logprobs(  # type: ignore[call-overload]
+            hidden, weight, mb.labels, axis=mesh.tp, temperature=temperature, entropy=entropy
+        )

@@ -75,6 +75,61 @@ def test_flash_attention_equals_float64(window: int, kv_heads: int) -> None:
         assert max(relative(a, b) for a, b in zip(actual, expected, strict=True)) < 1e-2, method
 
 
+@pytest.mark.parametrize("window", [0, 2, 48, 100, 1000])
+@pytest.mark.parametrize("size", [2, 3])
+def test_attention_over_ranks_equals_float64(size: int, window: int) -> None:
+    docs = fstep.make_docs([torch.zeros(n, dtype=torch.int64) for n in (1, 130, 64, 7, 200)])
+    packed = fstep.to_device(fstep.pack_thd(docs, multiple_of=2 * size), "cuda")
+    g = torch.Generator().manual_seed(0)
+    shapes = [(len(packed.tokens), h, 64) for h in (6, 2, 2, 6)]
+    xs = [torch.randn(s, generator=g).to("cuda", torch.bfloat16) for s in shapes]
+
+    def whole(method: str, *xs: torch.Tensor) -> list[torch.Tensor]:
+        options = dict(max_seqlen=packed.max_seqlen, window=window, method=method)
+        y, pull = fstep.vjp(lambda *qkv: fstep.packed_attention(*qkv, packed.cu_seqlens_padded, **options), *xs[:3])
+        return [y, *pull(xs[3])]
+
+    exact, alone = whole("math", *(x.double() for x in xs)), whole("flash", *xs)
+
+    def on_rank(mesh: fstep.Mesh, method: str, kernel: str, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        part = fstep.cp_shard(packed, axis=mesh.cp)
+        numbered = replace(packed, tokens=torch.arange(len(packed.tokens), device="cuda"))
+        at = fstep.cp_shard(numbered, axis=mesh.cp).tokens
+        options = dict(axis=mesh.cp, max_seqlen=part.max_seqlen, window=window, method=method, kernel=kernel)
+        y, pull = fstep.vjp(
+            lambda *qkv: fstep.cp_attention(*qkv, part.cu_seqlens_padded, **options), *(x[at] for x in xs[:3])
+        )
+        return [fstep.cp_unshard(x, part, axis=mesh.cp, grad="slice") for x in (y, *pull(xs[3][at]))]
+
+    for method in ("ring", "allgather", "ulysses"):
+        for got in fstep.simulate(lambda mesh, m=method: on_rank(mesh, m, "auto", xs), cp=size):
+            assert all(x.dtype == torch.bfloat16 for x in got)
+            for name, a, b, c in zip(("out", "dq", "dk", "dv"), got, alone, exact, strict=True):
+                assert relative(a, c) < max(1e-2, 1.5 * relative(b, c)), (method, name)
+        wide = [x.double() for x in xs]  # no fused kernel has float64
+        for got in fstep.simulate(lambda mesh, m=method, w=wide: on_rank(mesh, m, "auto", w), cp=size):
+            assert max(relative(a, c) for a, c in zip(got, exact, strict=True)) < 1e-12, method
+
+
+@pytest.mark.parametrize("method", ["ring", "allgather", "ulysses"])
+def test_attention_over_ranks_does_not_wait_for_the_device(method: str) -> None:
+    packed = pack()
+    x = torch.randn(len(packed.tokens) // 2, 4, 64, device="cuda", dtype=torch.bfloat16)
+
+    parts = fstep.simulate(lambda mesh: fstep.cp_shard(packed, axis=mesh.cp), cp=2)
+
+    def on_rank(mesh: fstep.Mesh) -> None:
+        part = parts[mesh.cp.rank]
+        options = dict(axis=mesh.cp, max_seqlen=part.max_seqlen, method=method)
+        y, pull = fstep.vjp(lambda *qkv: fstep.cp_attention(*qkv, part.cu_seqlens_padded, **options), x, x, x)
+        pull(y)
+
+    fstep.simulate(on_rank, cp=2)
+    torch.cuda.synchronize()
+    with no_host_sync():
+        fstep.simulate(on_rank, cp=2)
+
+
 def test_float64_on_the_gpu_equals_the_cpu() -> None:
     model = Dense(SMALL)
     params, packed = model.init(fstep.Key.seed(0), dtype=torch.float64), pack()

@@ -36,14 +36,18 @@ ENVIRONMENT_HOME = "fstep/mesh/launch.py"
 # Everything private that is used of torch, and where. It may go away with any release, so each name has one home.
 TORCH_PRIVATE = {
     "torch._C._functorch.peek_interpreter_stack": "fstep/trace.py",
+    "torch._foreach_copy_": "fstep/grad/pieces.py",
     "torch._foreach_mul": "fstep/update/finalize.py",
     "torch._foreach_mul_": "fstep/update/finalize.py",
     "torch._foreach_norm": "fstep/update/rows.py",
     "torch._fused_adamw_": "fstep/update/adamw.py",
     "torch._fused_sgd_": "fstep/update/sgd.py",
+    "torch.autograd.graph._engine_run_backward": "fstep/grad/engine.py",
     "torch.nn.modules.dropout._DropoutNd": "fstep/grad/lift.py",
-    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "fstep/ops/attention.py",
-    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "fstep/ops/attention.py",
+    "torch.ops.aten._flash_attention_backward": "fstep/ops/kernels.py",
+    "torch.ops.aten._flash_attention_forward": "fstep/ops/kernels.py",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "fstep/ops/kernels.py",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "fstep/ops/kernels.py",
     "torch.utils._pytree.GetAttrKey": "fstep/tree.py",
     "torch.utils._pytree.register_pytree_node": "fstep/tree.py",
 }

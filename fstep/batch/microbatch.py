@@ -92,7 +92,7 @@ def split_microbatches(
 
     def plan(share: Sequence[int]) -> Bins:
         mine = [lengths[i] for i in share]
-        bins = plan_balanced(mine, num) if max_tokens is None else _fewest_balanced(mine, max_tokens)
+        bins = plan_balanced(mine, num) if num is not None else _fewest_balanced(mine, max_tokens or 1)
         return tuple(tuple(share[i] for i in b) for b in bins)
 
     # Every rank plans for all, so that all know how many microbatches the one with the most has.

@@ -96,8 +96,13 @@ def pack_thd(batch: Docs, *, multiple_of: int = 1, length: int | None = None) ->
     )
 
 
-def _real(packed: Packed) -> tuple[Tensor, Tensor]:
+def _real(function: str, packed: Packed) -> tuple[Tensor, Tensor]:
     """Return the documents' lengths and the places of their tokens in the row."""
+    if packed.parts > 1:
+        raise ValueError(
+            f"{function}: packed is one of {packed.parts} shards, in which no document is whole; pass the row that "
+            "cp_shard was given, and what cp_unshard gathers"
+        )
     lengths = packed.cu_seqlens.diff().to(torch.int64)
     at = packed.cu_seqlens_padded[:-1].to(torch.int64)
     within = ragged_index(lengths, torch.arange(len(lengths), device=lengths.device))
@@ -114,7 +119,7 @@ def unpack_thd(packed: Packed) -> Docs:
     tensor([5, 6, 7, 8, 9])
     """
     check_type("unpack_thd", "packed", packed, Packed, "what pack_thd returns")
-    lengths, places = _real(packed)
+    lengths, places = _real("unpack_thd", packed)
     lengths = lengths[: len(packed.index)]
     starts = lengths.cumsum(0) - lengths
     # What is about token t stands at place t-1; the first token's stands at the document's last place.
@@ -144,9 +149,9 @@ def split_documents(values: Any, packed: Packed) -> tuple[Any, ...]:
     """
     check_type("split_documents", "packed", packed, Packed, "what pack_thd returns")
     check_type("split_documents", "values", values, Tensor, "a tensor with one entry a place")
+    lengths, places = _real("split_documents", packed)
     if len(values) != len(packed.tokens):
         raise ValueError(
             f"split_documents: values has {len(values)} entries for {len(packed.tokens)} places; give one a place"
         )
-    lengths, places = _real(packed)
     return tuple(values[places].split(lengths[: len(packed.index)].tolist()))

@@ -28,7 +28,8 @@ class Packed:
 
     ``tokens, labels, positions`` are int64 [T], ``weights`` floating [T], ``cu_seqlens, cu_seqlens_padded`` int32 [D+1].
     ``targets`` are aligned with ``labels`` (place t holds the value about predicting token t+1), ``inputs`` with
-    ``tokens``. ``max_seqlen`` is the longest document with its padding.
+    ``tokens``. ``max_seqlen`` is the longest document with its padding. ``parts`` is 1, or over how many ranks `cp_shard`
+    has spread the row.
 
     >>> import fstep
     >>> packed = fstep.pack_thd(fstep.make_docs([[5, 6, 7], [8, 9]]))
@@ -48,3 +49,4 @@ class Packed:
     index: Tensor = cut("document")
     per_document: dict[str, Tensor] = cut("document")
     shared: dict[str, Any] = cut("none")
+    parts: int = static(default=1)

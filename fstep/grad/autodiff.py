@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fstep.grad.engine import from_function, run_engine
 from fstep.ratio import Ratio
 from fstep.trace import in_transform, is_recording
 from fstep.tree import check_callable, tree_leaves, tree_map, tree_map_with_path, tree_merge, tree_paths, tree_replace_leaves
@@ -105,7 +106,11 @@ def backward_into(outputs: Sequence[Tensor | GradientEdge], cotangents: Sequence
     `torch.autograd.grad`, and it needs no second set of gradients to add up microbatches.
     """
     kept = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if isinstance(y, GradientEdge) or y.requires_grad]
-    if kept and leaves:
+    if not kept or not leaves:
+        return
+    if any(from_function(y) for y, _ in kept):
+        run_engine([y for y, _ in kept], [c for _, c in kept], leaves, accumulate=True)
+    else:
         torch.autograd.backward([y for y, _ in kept], [c for _, c in kept], inputs=list(leaves))  # type: ignore[arg-type]
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fstep.grad.autodiff import backward_into
+from fstep.grad.engine import from_function, run_engine
 
 Node = Any
 WeightHalf = Callable[[], None]
@@ -40,7 +40,7 @@ def backward_halves(
     at_once: dict[tuple[Node, int], GradientEdge] = {}
     for node, edges in branches.items():
         for e in edges:
-            if users[e.node, e.output_nr] > 1 or isinstance(node, torch.autograd.function.BackwardCFunction):
+            if users[e.node, e.output_nr] > 1 or from_function(GradientEdge(node, 0)):
                 at_once[e.node, e.output_nr] = e
             else:
                 later.setdefault(node, []).append(e)
@@ -76,11 +76,7 @@ def backward_halves(
 
 
 def _grad(outputs: Sequence[tuple[GradientEdge, Tensor]], inputs: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-    take: Any = torch.autograd.grad  # its types know tensors only
-    found: Sequence[Tensor | None] = take(
-        [o for o, _ in outputs], inputs, [c for _, c in outputs], retain_graph=True, allow_unused=True
-    )
-    return found
+    return run_engine([o for o, _ in outputs], [c for _, c in outputs], inputs, accumulate=False)
 
 
 def _note(arrived: dict[Node, tuple[Tensor | None, ...]], node: Node) -> Callable[[Any], None]:

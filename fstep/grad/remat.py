@@ -11,13 +11,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fstep.trace import in_transform
+from fstep.tree import tree_leaves, tree_map
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Policy = str | Iterable[Any]
+
+HERE = object()  # stands where a tensor was
 
 
 def remat(f: Callable[P, R], policy: Policy = "full") -> Callable[P, R]:
@@ -39,7 +44,7 @@ def remat(f: Callable[P, R], policy: Policy = "full") -> Callable[P, R]:
             return f
         if policy != "full":
             raise ValueError(f"remat: policy {policy!r} is unknown; pass 'none', 'full' or a list of operations to keep")
-        wrap: Callable[..., Any] = partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False)
+        wrap: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     else:
         try:
             kept = list(policy)
@@ -52,13 +57,28 @@ def remat(f: Callable[P, R], policy: Policy = "full") -> Callable[P, R]:
             ) from error
         wrap = partial(
             checkpoint,
-            f,
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=partial(create_selective_checkpoint_contexts, kept),
         )
 
     def again(*args: P.args, **kwargs: P.kwargs) -> R:
-        return f(*args, **kwargs) if in_transform() else wrap(*args, **kwargs)
+        if in_transform():
+            return f(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            traced: R = wrap(f, *args, **kwargs)
+            return traced
+        # Tensors given one by one are kept as saved-tensor hooks around this call decide. In a dict of params they would be
+        # held on to until the backward pass, gathered ones (fold_layers) too.
+        leaves = tree_leaves((args, kwargs))
+        shape = tree_map(lambda x: HERE if isinstance(x, Tensor) else x, (args, kwargs))
+
+        def run(*tensors: Tensor) -> R:
+            rest = iter(tensors)
+            again_args, again_kwargs = tree_map(lambda x: next(rest) if x is HERE else x, shape)
+            return f(*again_args, **again_kwargs)
+
+        out: R = wrap(run, *(x for x in leaves if isinstance(x, Tensor)))
+        return out
 
     return again

@@ -9,6 +9,7 @@
     forward        in -> out                      transpose
     psum           partial    -> replicated       identity (pvary)
     pvary          replicated -> replicated       psum
+    as_partial     replicated -> partial          identity
     all_gather     shard      -> replicated       reduce_scatter (grad="sum"), take_shard (grad="slice")
     reduce_scatter partial    -> shard            all_gather
     take_shard     replicated -> shard            all_gather
@@ -70,6 +71,25 @@ def pvary(x: Any, *, axis: Axis) -> Any:
     return _each("pvary", x, axis, lambda leaf: ex.pvary(leaf, axis))
 
 
+def as_partial(x: Any, *, axis: Axis) -> Any:
+    """Turn a value that every rank has into addends of it. Input: replicated; output: partial. Transpose: the identity.
+
+    The inverse of `psum`, bit for bit: the first rank keeps ``x``, the others get zeros. No communication. It is for a loss
+    that all ranks compute alike and that will be added up over them, as `finalize_grads` does: without it the loss would
+    count once a rank. Its gradient is passed on to all ranks, since all of them took part. Shapes: any.
+
+    Raises TypeError for what is no tensor or is bool.
+
+    >>> import torch, fstep
+    >>> def f(mesh):
+    ...     loss = lambda x: fstep.as_partial(x.square(), axis=mesh.cp)
+    ...     return fstep.value_and_grad(loss)(torch.tensor(3.0))
+    >>> fstep.simulate(f, cp=2)
+    [(tensor(9.), tensor(6.)), (tensor(0.), tensor(6.))]
+    """
+    return _each("as_partial", x, axis, lambda leaf: ex.as_partial(leaf, axis), adds=True)
+
+
 def pmax(x: Any, *, axis: Axis) -> Any:
     """Take the maximum of ``x`` over the ranks of ``axis``, element by element. Input: a shard; output: replicated.
 
@@ -109,7 +129,7 @@ def all_gather(x: Any, *, axis: Axis, dim: int = 0, grad: Grad) -> Any:
     >>> fstep.simulate(lambda mesh: f(mesh, "sum"), cp=2)  # two losses, added
     [tensor([12.]), tensor([16.])]
     """
-    _check_grad("all_gather", grad)
+    check_grad("all_gather", grad)
     return _each("all_gather", x, axis, lambda leaf: ex.all_gather(leaf, axis, dim, grad), dims=(dim,))
 
 
@@ -209,13 +229,14 @@ def broadcast(x: Any, *, axis: Axis, src: int, grad: Grad) -> Any:
     >>> fstep.simulate(lambda mesh: int(fstep.broadcast(torch.tensor(mesh.rank), axis=mesh.pp, src=1, grad="slice")), pp=2)
     [1, 1]
     """
-    _check_grad("broadcast", grad)
+    check_grad("broadcast", grad)
     if not 0 <= src < axis.size:
         raise ValueError(f"broadcast: src is {src}, and axis {axis.name!r} has ranks 0 to {axis.size - 1}")
     return _each("broadcast", x, axis, lambda leaf: ex.broadcast(leaf, axis, src, grad))
 
 
-def _check_grad(function: str, grad: str) -> None:
+def check_grad(function: str, grad: str) -> None:
+    """Refuse a gradient that is neither of the two."""
     if grad not in ("sum", "slice"):
         raise ValueError(
             f'{function}: grad is {grad!r}; pass "sum" if the loss is a partial sum over the axis, "slice" if every rank '

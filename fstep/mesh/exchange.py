@@ -2,6 +2,7 @@
 
     psum ⇄ pvary               all_gather("sum") ⇄ reduce_scatter      all_gather("slice") ⇄ take_shard
     all_to_all ⇄ all_to_all    permute ⇄ permute                       broadcast ⇄ to_source
+    as_partial ⇄ the identity
 
 They are defined once, here: a class defined inside a step is a reference cycle that keeps the step's tensors alive.
 """
@@ -104,6 +105,26 @@ class _Pvary(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         return psum(g, ctx.axis, "gradient of pvary"), None
+
+
+def as_partial(x: Tensor, axis: Axis) -> Tensor:
+    """Replicated -> partial."""
+    return _apply(_AsPartial, x, axis)
+
+
+class _AsPartial(Function):
+    @staticmethod
+    def forward(x: Tensor, axis: Axis) -> Tensor:
+        transport("as_partial", axis)
+        return x.clone() if axis.rank == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, None
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int, grad: str, action: str = "all_gather") -> Tensor:

@@ -118,7 +118,8 @@ def _join(backend: str, timeout: float, sizes: dict[str, int], mine: bool) -> Pr
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     size = math.prod(sizes.values())
-    return Processes(Place(dist.get_rank(), backend, timeout, [describe(sizes, rank) for rank in range(size)]))
+    here = Place(dist.get_rank(), backend, timeout, [describe(sizes, rank) for rank in range(size)])
+    return Processes(here, keep=not mine)
 
 
 def _leave(world: Processes, mine: bool) -> None:

@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 from fstep.mesh.axis import Axis
-from fstep.tree import NAMESPACE, check_type, path_name, tree_paths, unnamed_node
+from fstep.tree import NAMESPACE, check_type, path_name, tree_leaves, tree_paths, tree_replace_leaves, unnamed_node
 
 Range = tuple[int, int]
 
@@ -149,6 +150,19 @@ class Place:
     axes: tuple[Axis, ...] = ()
     copies: Copied | None = None
 
+    def cut(self, whole: Tensor) -> Tensor:
+        """Take these elements out of the whole parameter: a copy, or ``whole`` itself if that is what they are."""
+        if tuple(whole.shape) != self.shape:
+            raise ValueError(
+                f"Place.cut: {self.path!r} has shape {tuple(whole.shape)}, and the whole one {self.shape}; pass the whole"
+            )
+        x = whole
+        for dim, (start, stop) in enumerate(self.box):
+            x = x.narrow(dim, start, stop - start)
+        if self.flat is not None:
+            x = x.reshape(-1)[self.flat[0] : self.flat[1]]
+        return x if x.shape == whole.shape else x.clone(memory_format=torch.contiguous_format)
+
     @property
     def counts(self) -> bool:
         """Whether, of several copies, this is the one that is counted and saved."""
@@ -201,6 +215,28 @@ def place_of(path: str, shape: tuple[int, ...], inside: Sequence[Shard | Copied]
         full[node.dim], box[node.dim] = node.of, node.span
         axes.append(node.axis)
     return Place(path, tuple(full), tuple(box), None, tuple(axes), copies)
+
+
+def cut_like(spec: Any, whole: Any) -> Any:
+    """Cut a tree of whole parameters to the places that the nodes of ``spec`` say; what ``spec`` has not is left out.
+
+    ``spec`` has a leaf with the whole's shape for each parameter (an `HFTensor`, say) inside `Shard`, `Copied` and `Stages`;
+    the result has its structure. Parts are copies, so that the whole can be let go of; a leaf that is not cut is the same
+    tensor. Raises ValueError for a leaf that ``whole`` has not, or has in another shape.
+
+    >>> import torch, fstep
+    >>> def f(mesh):
+    ...     spec = {"w": fstep.Shard(fstep.HFTensor("w", (4,)), mesh.tp, dim=0, span=(2, 4), of=4)}
+    ...     return fstep.cut_like(spec, {"w": torch.arange(4), "other": torch.ones(1)})["w"].value
+    >>> fstep.simulate(f, tp=2)[1]
+    tensor([2, 3])
+    """
+    leaves = dict(zip(tree_paths(whole), tree_leaves(whole), strict=True))
+    wanted = places(spec)
+    for p in wanted:
+        if p.path not in leaves:
+            raise ValueError(f"cut_like: whole has no leaf {p.path!r}, which spec has; pass the params that spec is about")
+    return tree_replace_leaves(spec, [p.cut(leaves[p.path]) for p in wanted])
 
 
 def bare(tree: Any) -> Any:

@@ -36,12 +36,17 @@ from fstep.mesh.wire import (
     scatter_sum_into,
 )
 
+# The groups made inside a torch.distributed that somebody else has set up, and that outlives our meshes: torch names a group
+# after its ranks, and one made again under an old name would look for the addresses of the first.
+_kept: dict[Any, dict[tuple[Any, ...], Any]] = {}
+
 
 @dataclass
 class Processes:
-    """The groups that this process has joined."""
+    """The groups that this process has joined; ``keep`` them for the next mesh, in a torch.distributed that goes on."""
 
     place: Place
+    keep: bool = False
     groups: dict[tuple[int, ...], ProcessTransport] = field(default_factory=dict)
 
     def transport(self, name: str, ranks: tuple[int, ...]) -> ProcessTransport:
@@ -58,21 +63,27 @@ class Processes:
     def _group(self, ranks: tuple[int, ...], backend: str, description: str) -> Any:
         import torch.distributed as dist
 
-        # Only the members take part, so that axes of different stages need not be made in step. The description is what
-        # NCCL's watchdog reports when it ends a process that waits for too long.
-        return dist.new_group(
-            list(ranks),
-            backend=backend,
-            timeout=datetime.timedelta(seconds=self.place.timeout),
-            use_local_synchronization=True,
-            group_desc=f"fstep axis {description}",
-        )
+        if self.keep and dist.group.WORLD not in _kept:
+            _kept.clear()
+        known = _kept.setdefault(dist.group.WORLD, {}) if self.keep else {}
+        key = (ranks, backend, self.place.timeout, description.partition(" ")[2])
+        if key not in known:
+            # Only the members take part, so that axes of different stages need not be made in step. The description is what
+            # NCCL's watchdog reports when it ends a process that waits for too long.
+            known[key] = dist.new_group(
+                list(ranks),
+                backend=backend,
+                timeout=datetime.timedelta(seconds=self.place.timeout),
+                use_local_synchronization=True,
+                group_desc=f"fstep axis {description}",
+            )
+        return known[key]
 
     def close(self) -> None:
         """Leave every group."""
         import torch.distributed as dist
 
-        for transport in self.groups.values():
+        for transport in () if self.keep else self.groups.values():
             for group in {id(g): g for g in (transport.group, *transport.channels, transport.notes)}.values():
                 dist.destroy_process_group(group)
         self.groups.clear()

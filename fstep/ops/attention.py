@@ -16,141 +16,107 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fstep.ops.kernels import Rows, best, boundaries, cpu_backward, cpu_forward, lay_rows, pairs, reach_mask, repeat_heads
 from fstep.trace import asked_while_tracing, in_transform
 
 METHODS = ("auto", "flash", "documents", "math")
 
 
-def _documents(cu: Tensor, tokens: int) -> list[tuple[int, int]]:
-    at = cu.tolist()
-    if at[:1] != [0] or at[-1] != tokens or at != sorted(at):
-        raise ValueError(
-            f"packed_attention: cu_seqlens are {at if len(at) < 6 else [*at[:2], '...', *at[-2:]]} for {tokens} tokens; "
-            "they rise from 0 to the number of tokens: pass packed.cu_seqlens_padded"
-        )
-    return [(a, b) for a, b in pairwise(at) if b > a]
-
-
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _window_mask(n: int, window: int, device: torch.device) -> Tensor:
-    back = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
-    return (back >= 0) & (back < window)
-
-
-def _attend_math(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, window: int, scale: float) -> Tensor:
-    T, H = q.shape[:2]
-    k, v = _repeat_heads(k, H), _repeat_heads(v, H)
-    place = torch.arange(T, device=q.device)
-    # cu[0] is 0; adding it lets vmap batch both alike.
-    document = torch.searchsorted(cu.to(place.dtype), place + cu[0], right=True)
-    back = place[:, None] - place
-    seen = (document[:, None] == document) & (back >= 0)
-    if window:
-        seen = seen & (back < window)
+def _attend_math(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    of_q, left_q = _from_the_end(rows.cu_q, len(q), q.device)
+    of_k, left_k = (of_q, left_q) if rows.cu_k is rows.cu_q else _from_the_end(rows.cu_k, len(k), q.device)
+    back = left_k - left_q[:, None]
+    seen = (of_q[:, None] == of_k) & (back >= 0)
+    if rows.left >= 0:
+        seen = seen & (back <= rows.left)
     scores = torch.einsum("qhd,khd->hqk", q, k).to(torch.promote_types(q.dtype, torch.float32)) * scale
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype), v)
 
 
-def _attend_documents(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, window: int, scale: float) -> Tensor:
-    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+def _from_the_end(cu: Tensor, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return for each place its document, counted from 1, and how many places there are from it to the document's end."""
+    place = torch.arange(tokens, device=device)
+    cu = cu.to(place.dtype)
+    document = torch.searchsorted(cu, place + cu[0], right=True)  # cu[0] is 0; adding it lets vmap batch both alike
+    return document, cu[document] - place
+
+
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     out = []
-    for a, b in _documents(cu, len(q)):
-        qd, kd, vd = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
-        mask = _window_mask(b - a, window, q.device) if 0 < window < b - a else None
-        y = scaled_dot_product_attention(qd, kd, vd, attn_mask=mask, is_causal=mask is None, scale=scale)
+    for a, b in pairs(q, k, rows):
+        qd, kd, vd = (x.transpose(0, 1)[None] for x in (q[a], k[b], v[b]))
+        n, m = qd.shape[2], kd.shape[2]
+        mask = reach_mask(n, m, rows, q.device) if n != m or 0 <= rows.left < n - 1 else None
+        y = scaled_dot_product_attention(qd, kd, vd, attn_mask=mask, is_causal=n == m and mask is None, scale=scale)
         out.append(y[0].transpose(0, 1))
     return torch.cat(out)
 
 
-# The CPU kernel's own forward and backward, per document, behind one operation that torch.compile does not look into.
-# (torch's flash kernel for the CPU has no public name; test_attention.py fails clearly should it go.)
-def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
-    )
-
-
-def _cpu_flash_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
-    )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Lay the elements of each head side by side: the CUDA kernel insists on it, the CPU's takes it for granted."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _float_mask(n: int, window: int, like: Tensor) -> Tensor | None:
-    if not 0 < window < n:
-        return None
-    return torch.zeros(n, n, dtype=like.dtype).masked_fill_(~_window_mask(n, window, like.device), -torch.inf)
-
-
+# The CPU kernel behind one operation that torch.compile does not look into.
 @torch.library.custom_op("fstep::attend_cpu", mutates_args=(), device_types="cpu")
-def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention of [T, heads, head_dim] tensors with equal heads, and its logsumexp [heads, T]."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    for a, b in _documents(cu, len(q)):
-        qd, kd, vd = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
-        y, s = _cpu_flash_forward(qd, kd, vd, _float_mask(b - a, window, q), scale)
-        out[a:b] = y[0].transpose(0, 1)
-        lse[:, a:b] = s[0]
-    return out, lse
+    return cpu_forward(q, k, v, causal(cu_q, cu_k, 0, 0, window), scale)
 
 
 @_attend_cpu.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
 @torch.library.custom_op("fstep::attend_cpu_backward", mutates_args=(), device_types="cpu")
 def _attend_cpu_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor, window: int, scale: float
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    window: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    g, q, k, v = _rows(g), _rows(q), _rows(k), _rows(v)
-    for a, b in _documents(cu, len(q)):
-        gd, qd, kd, vd, od = (x[a:b].transpose(0, 1)[None] for x in (g, q, k, v, out))
-        mask = _float_mask(b - a, window, q)
-        parts = _cpu_flash_backward(gd, qd, kd, vd, od, lse[None, :, a:b].contiguous(), mask, scale)
-        for whole, part in zip((dq, dk, dv), parts, strict=True):
-            whole[a:b] = part[0].transpose(0, 1)
-    return dq, dk, dv
+    return cpu_backward(g, q, k, v, out, lse, causal(cu_q, cu_k, 0, 0, window), scale)
 
 
 @_attend_cpu_backward.register_fake
 def _(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor, window: int, scale: float
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    window: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu, ctx.window, ctx.scale = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(q, k, v, cu, *output)
+    q, k, v, cu_q, cu_k, ctx.window, ctx.scale = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(q, k, v, cu_q, cu_k, *output)
 
 
 def _pull(ctx: torch.autograd.function.FunctionCtx, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, cu, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    grads = _attend_cpu_backward(g, q, k, v, out, lse, cu, ctx.window, ctx.scale)  # type: ignore[attr-defined]
-    return (*grads, None, None, None)
+    q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    grads = _attend_cpu_backward(g, q, k, v, out, lse, cu_q, cu_k, ctx.window, ctx.scale)  # type: ignore[attr-defined]
+    return (*grads, None, None, None, None)
 
 
 def _refuse(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> None:
@@ -173,49 +139,68 @@ def _has_enable_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_seqlen: int, window: int, scale: float) -> Tensor:
+def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 takes grouped heads as they are; later versions want to be told.
     grouped: dict[str, Any] = {"enable_gqa": True} if _varlen_takes_gqa() and q.shape[1] != k.shape[1] else {}
-    back = (window - 1 if window else -1, 0)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    out = varlen_attn(q, k, v, cu, cu, max_seqlen, max_seqlen, window_size=back, scale=scale, **grouped)
+    q, k, v = lay_rows(q), lay_rows(k), lay_rows(v)
+    reach = (rows.left, rows.right)
+    out = varlen_attn(q, k, v, rows.cu_q, rows.cu_k, rows.max_q, rows.max_k, window_size=reach, scale=scale, **grouped)
     assert isinstance(out, Tensor)  # a tuple only if asked for more
     return out
 
 
+def causal(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, window: int) -> Rows:
+    """Return the rows of queries that see what is before them, at most ``window`` places, themselves included."""
+    return Rows(cu_q, cu_k, max_q, max_k, window - 1, 0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, *, scale: float, method: str) -> Tensor:
+    """Causal attention of each document's queries, which are its last places, over all its keys."""
+    method = _best_method(q) if method == "auto" else method
+    if method == "math":
+        return _attend_math(q, k, v, rows, scale)
+    if method == "documents":
+        return _attend_documents(q, k, v, rows, scale)
+    if q.device.type == "cuda":
+        return _attend_cuda(q, k, v, rows, scale)
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    return _attend_cpu(q, k, v, rows.cu_q, rows.cu_k, rows.left + 1, scale)[0]
+
+
 def _best_method(q: Tensor) -> str:
-    if in_transform():
-        return "math"
-    if q.device.type == "cpu":
-        return "flash"
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return "flash" if q.device.type == "cuda" and half and q.shape[-1] <= 256 else "documents"
+    return "math" if in_transform() else best(q)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_seqlen: int, window: int, method: str) -> None:
+def check_method(function: str, argument: str, method: str) -> None:
+    """Refuse a kernel that is not there, or not under torch.func."""
     if method not in METHODS:
-        raise ValueError(f"packed_attention: method {method!r} is unknown; pass one of {', '.join(METHODS)}")
+        raise ValueError(f"{function}: {argument} {method!r} is unknown; pass one of {', '.join(METHODS)}")
+    if method == "flash" and in_transform():
+        raise ValueError(f"{function}: {argument} 'flash' does not run inside torch.func; pass 'auto' or 'math'")
+
+
+def check_attention(function: str, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_seqlen: int, window: int) -> list[int]:
+    """Refuse what does not fit, and return the documents' lengths if the host can know them without waiting."""
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or (len(q), q.shape[2]) != (len(k), k.shape[2]):
         raise ValueError(
-            f"packed_attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; they are "
+            f"{function}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; they are "
             "[T, heads, head_dim], and [T, kv_heads, head_dim] twice"
         )
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"packed_attention: {k.shape[1]} key heads do not divide {q.shape[1]} query heads")
+        raise ValueError(f"{function}: {k.shape[1]} key heads do not divide {q.shape[1]} query heads")
     if window < 0:
-        raise ValueError(f"packed_attention: window is {window}; pass 0 for no window, or the number of tokens seen")
-    if in_transform():
-        if method == "flash":
-            raise ValueError("packed_attention: method 'flash' does not run inside torch.func; pass 'auto' or 'math'")
-    elif q.device.type == "cpu" and not torch.compiler.is_compiling():
+        raise ValueError(f"{function}: window is {window}; pass 0 for no window, or the number of tokens seen")
+    if in_transform() or q.device.type != "cpu" or torch.compiler.is_compiling():
         # On a GPU looking would wait for the device, and there a short max_seqlen is silently a wrong answer.
-        longest = max((b - a for a, b in _documents(cu, len(q))), default=0)
-        if longest > max_seqlen:
-            raise ValueError(
-                f"packed_attention: max_seqlen is {max_seqlen} and a document has {longest} places; pass packed.max_seqlen"
-            )
+        return []
+    lengths = [b - a for a, b in boundaries(cu, len(q), function)]
+    if (longest := max(lengths, default=0)) > max_seqlen:
+        raise ValueError(
+            f"{function}: max_seqlen is {max_seqlen} and a document has {longest} places; pass packed.max_seqlen"
+        )
+    return lengths
 
 
 def packed_attention(
@@ -246,15 +231,8 @@ def packed_attention(
     >>> fstep.packed_attention(q, v, v, cu, max_seqlen=2)[:, 0, 0]
     tensor([1., 2., 7.])
     """
-    _check(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window, method)
-    heads, head_dim = q_THD.shape[1:]
-    scale = head_dim**-0.5 if scale is None else scale
-    method = _best_method(q_THD) if method == "auto" else method
-    if method == "math":
-        return _attend_math(q_THD, k_THD, v_THD, cu_seqlens, window, scale)
-    if method == "documents":
-        return _attend_documents(q_THD, k_THD, v_THD, cu_seqlens, window, scale)
-    if q_THD.device.type == "cuda":
-        return _attend_cuda(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window, scale)
-    k_THD, v_THD = _repeat_heads(k_THD, heads), _repeat_heads(v_THD, heads)
-    return _attend_cpu(q_THD, k_THD, v_THD, cu_seqlens, window, scale)[0]
+    check_method("packed_attention", "method", method)
+    check_attention("packed_attention", q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, window)
+    scale = q_THD.shape[2] ** -0.5 if scale is None else scale
+    rows = causal(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window)
+    return attend(q_THD, k_THD, v_THD, rows, scale=scale, method=method)

@@ -1,21 +1,25 @@
-"""Checkpoints: a state on disk, bit for bit, or an error.
+"""Checkpoints: a state on disk, bit for bit, or an error. Saved on one mesh, it loads on any other.
 
     runs/
       step-00000100/
-        manifest.json              every leaf: file, place, dtype, shape, checksum; every file: size, header's checksum
-        tensors-00000.safetensors  the leaves, under their paths, about 1 GiB a file
-      step-00000200/
-      .tmp-new-step-00000300/      being written, or left by a killed run; never read, removed by the next save
+        manifest.json                         every leaf and where its parts are; every file: size, header's checksum
+        tensors-00000.safetensors             the leaves, under their paths, about 1 GiB a file
+      step-00000200/                          the same, saved by the ranks of a mesh:
+        manifest.json
+        tensors-rank00000-00000.safetensors   what rank 0 wrote
+        tensors-rank00001-00000.safetensors   what rank 1 wrote
+      .tmp-new-step-00000300/                 being written, or left by a killed run; never read, removed by the next save
 
-A folder named ``step-*`` was complete and on the disk before it got its name. Each tensor, each file's header and the
-manifest carry a CRC-32, which loading checks. Nothing is pickled, so loading runs no code.
+A folder named ``step-*`` was complete and on the disk before it got its name. Each block of a tensor, each file's header
+and the manifest carry a CRC-32, which loading checks. Nothing is pickled, so loading runs no code.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,40 +27,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fstep.mesh.axis import Mesh
 from fstep.state import files
-from fstep.tree import tree_leaves, tree_paths, tree_replace_leaves
+from fstep.state.agree import all_ranks, consult
+from fstep.state.folders import discard, filling, settle, sync, whole_folder
+from fstep.state.manifest import (
+    STEP,
+    CheckpointError,
+    Leaf,
+    Manifest,
+    check_fit,
+    complete,
+    find,
+    misfit,
+    read_manifest,
+    write_manifest,
+)
+from fstep.state.offers import Offer, Share, assign, offers
+from fstep.state.reading import read_leaves
+from fstep.tree import tree_leaves, tree_replace_leaves
 
-FORMAT, VERSION = "fstep checkpoint", 1
-MANIFEST = "manifest.json"
-_STEP = r"step-(\d{8,})"
+__all__ = ["CheckpointError", "latest_step", "load_checkpoint", "save_checkpoint"]
+
 _GROUP_BYTES = 1 << 30
 _WORKERS = min(8, os.cpu_count() or 1)
-_DTYPE = {name: dtype for dtype, name in files.DTYPES.items()}
 
 
-class CheckpointError(ValueError):
-    """Raised when a checkpoint cannot be written, found or trusted, or does not fit the state asked for.
-
-    >>> import fstep
-    >>> fstep.load_checkpoint("no/such/folder", like={})
-    Traceback (most recent call last):
-    fstep.state.checkpoint.CheckpointError: load_checkpoint: no checkpoint, there is no folder no/such/folder; ...
-    """
-
-
-def save_checkpoint(folder: str | os.PathLike[str], state: Any, *, keep: int | None = None, step: int | None = None) -> Path:
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    state: Any,
+    *,
+    mesh: Mesh = Mesh(),  # noqa: B008
+    keep: int | None = None,
+    step: int | None = None,
+) -> Path:
     """Write ``state`` to ``folder/step-00000123``, whole or not at all, and return that path.
 
+    On a mesh every rank calls this with its own state, and writes files of its own. What several ranks hold is written by
+    one of them, by turns, so that data-parallel ranks share the work; what nobody holds is an error.
+
     Args:
-        folder: where the run keeps its checkpoints; made if it does not exist. One process writes to it at a time.
-        state: any tree of tensors, on any device. Leaves may be views, non-contiguous or share storage.
+        folder: where the run keeps its checkpoints, on a file system that all ranks see; made if it does not exist. One
+            run writes to it at a time.
+        state: any tree of tensors, on any device: shards over any axis, or replicated. Leaves may be views,
+            non-contiguous or share storage.
+        mesh: the mesh whose ranks call this.
         keep: after the new checkpoint has landed, delete all but it and the ``keep - 1`` latest others.
         step: the number to file it under; by default ``state.step``.
 
     A checkpoint of the same step is replaced. A process killed at any moment leaves every complete checkpoint loadable,
     and at most a folder named ``.tmp-*`` that the next save removes. Host memory holds a few tensors at a time.
 
-    Raises `CheckpointError` for a leaf that is no tensor or has a dtype the format lacks, and for a bad ``keep``.
+    Raises `CheckpointError` for a leaf that is no tensor or has a dtype the format lacks, for ranks whose states do not fit
+    together, and for a bad ``keep``. An error on one rank is raised on all of them; `MeshError` if a rank is gone.
 
     >>> import tempfile, torch, fstep
     >>> state = fstep.init_state({"w": torch.ones(2)}, fstep.sgd)
@@ -65,69 +88,81 @@ def save_checkpoint(folder: str | os.PathLike[str], state: Any, *, keep: int | N
     'step-00000000'
     """
     who = "save_checkpoint"
-    if keep is not None and keep < 1:
-        raise CheckpointError(f"{who}: keep={keep} would delete what was just saved; pass 1 or more, or None for all")
-    if step is None:
-        if not isinstance(getattr(state, "step", None), int | Tensor):
-            raise CheckpointError(f"{who}: {type(state).__name__} has no .step to name the checkpoint by; pass step=")
-        step = int(state.step)
-    if step < 0:
-        raise CheckpointError(f"{who}: step={step} is negative; pass the number of steps taken")
-    leaves = _named_tensors(who, "state", state)
-    for path, x in leaves.items():
-        if x.is_meta or x.layout is not torch.strided or x.dtype not in files.DTYPES:
-            raise CheckpointError(
-                f"{who}: leaf {path!r} is a {x.dtype} tensor ({x.layout}, on {x.device}), which a checkpoint cannot "
-                f"hold; store dense values of one of {sorted(files.DTYPES.values())}"
-            )
-    _wait_for_devices(leaves)
+    everyone = all_ranks(who, mesh)
+    leaves: dict[str, Tensor] = {}
 
-    folder = Path(folder)
-    files.settle(folder, _STEP)
-    final = folder / f"step-{step:08d}"
-    parts = files.group_by_size({path: x.nbytes for path, x in leaves.items()}, _GROUP_BYTES)
-    groups = {f"tensors-{i:05d}.safetensors": part for i, part in enumerate(parts)}
-    with files.whole_folder(final) as new:
+    def offer() -> tuple[int, dict[str, Offer]]:
+        number = _check_arguments(state, keep, step)
+        found = offers(who, "state", state, error=CheckpointError)
+        leaves.update(zip(found, tree_leaves(state), strict=True))
+        _check_values(leaves)
+        _wait_for_devices(leaves)
+        return number, found
 
-        def write(name: str) -> files.Written:
-            group = {path: leaves[path] for path in groups[name]}
-            return files.write_safetensors(new / name, {p: (x.dtype, x.shape) for p, x in group.items()}, group.items())
+    with contextlib.ExitStack() as landing:  # of rank 0: left with an error, it removes what was written
 
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            written = dict(zip(groups, pool.map(write, groups), strict=True))
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "files": {name: _file_entry(done) for name, done in written.items()},
-            "leaves": {
-                path: _leaf_entry(name, leaves[path], span)
-                for name, done in written.items()
-                for path, span in done.spans.items()
-            },
-        }
-        (new / MANIFEST).write_bytes(files.seal_json(manifest))
-    if keep is not None:
-        others = {number: path for number, path in _complete(folder).items() if number != step}
-        for number in sorted(others)[: max(0, len(others) - (keep - 1))]:
-            files.discard(others[number])
+        def plan(heard: list[tuple[int, dict[str, Offer]]]) -> list[tuple[Path, dict[str, Share]]]:
+            steps = [number for number, _ in heard]
+            if len(set(steps)) > 1:
+                raise CheckpointError(f"{who}: the ranks save steps {steps}; call it on all ranks after the same step")
+            shares = assign(who, [found for _, found in heard], error=CheckpointError)
+            settle(Path(folder), STEP)
+            final = Path(folder) / f"step-{steps[0]:08d}"
+            landing.enter_context(whole_folder(final))
+            own: list[dict[str, Share]] = [{} for _ in heard]
+            for path, share in shares.items():
+                for rank in {0, *(rank for rank, _ in share.parts)}:
+                    own[rank][path] = share
+            return [(final, part) for part in own]
+
+        final, shares = consult(who, everyone, offer, plan, error=CheckpointError)
+
+        def write() -> list[tuple[str, files.Written, list[str]]]:
+            mine = {path: leaves[path] for path, share in shares.items() if any(r == everyone.rank for r, _ in share.parts)}
+            return _write(filling(final), mesh, mine)
+
+        def land(heard: list[list[tuple[str, files.Written, list[str]]]]) -> Sequence[None]:
+            written = {name: done for own in heard for name, done, _ in own}
+            holds = {(rank, path): name for rank, own in enumerate(heard) for name, _, paths in own for path in paths}
+            saved = {
+                path: Leaf(share.dtype, share.shape, tuple((holds[rank, path], part) for rank, part in share.parts))
+                for path, share in shares.items()
+            }
+            write_manifest(filling(final), Manifest(int(final.name.removeprefix("step-")), written, saved))
+            landing.close()
+            if keep is not None:
+                _drop_old(final, keep)
+            return [None] * len(heard)
+
+        consult(who, everyone, write, land, error=CheckpointError)
     return final
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str], like: Any, *, step: int | None = None, device: torch.device | str | None = None
+    folder: str | os.PathLike[str],
+    like: Any,
+    *,
+    mesh: Mesh = Mesh(),  # noqa: B008
+    step: int | None = None,
+    device: torch.device | str | None = None,
 ) -> Any:
     """Return the state saved in ``folder``, bit for bit, in the structure of ``like``.
 
+    The mesh it was saved on does not matter. Of a leaf that is a part of a parameter that part is read: the blocks of at
+    most 256 KiB that its elements are in, and nothing else.
+
     Args:
-        folder: the folder given to `save_checkpoint`.
+        folder: the folder given to `save_checkpoint`, on a file system that all ranks see.
         like: a tree of the same structure, dtypes and shapes, such as a freshly made state; its values are not read,
-            so its tensors may be on the meta device.
+            so its tensors may be on the meta device. On a mesh it is this rank's: its `Shard`, `Copied`, `Stages` and ZeRO
+            nodes say what to read, and are in the result.
+        mesh: the mesh whose ranks call this. Together they have to hold what was saved.
         step: which checkpoint; by default the latest complete one.
         device: where the tensors go; by default where those of ``like`` are, with the CPU in place of meta.
 
-    Raises `CheckpointError` if there is none, if a byte differs from what was saved (naming file and tensor), or if
-    paths, shapes or dtypes are not those of ``like``: a leaf that is ``None`` in one of the two is such a difference.
+    Raises `CheckpointError` if there is none, if a byte that was read differs from what was saved (naming file and
+    tensor), or if paths, whole shapes or dtypes are not those of ``like``: a leaf that is ``None`` in one of the two is such
+    a difference. An error on one rank is raised on all of them; `MeshError` if a rank is gone.
 
     >>> import tempfile, torch, fstep
     >>> state = fstep.init_state({"w": torch.ones(2)}, fstep.sgd)
@@ -135,25 +170,46 @@ def load_checkpoint(
     ...     path = fstep.save_checkpoint(folder, state)
     ...     fstep.load_checkpoint(folder, like=state).params
     {'w': tensor([1., 1.])}
+    >>> with tempfile.TemporaryDirectory() as folder:  # from two ranks to one
+    ...     cut = lambda mesh: {"w": fstep.Shard.cut(torch.arange(4), axis=mesh.tp, dim=0)}
+    ...     paths = fstep.simulate(lambda mesh: fstep.save_checkpoint(folder, cut(mesh), mesh=mesh, step=0), tp=2)
+    ...     fstep.load_checkpoint(folder, like={"w": torch.arange(4)})
+    {'w': tensor([0, 1, 2, 3])}
     """
-    wanted = _named_tensors("load_checkpoint", "like", like)
-    found = _find(Path(folder), step)
-    manifest = _read_manifest(found / MANIFEST)
-    entries: dict[str, dict[str, Any]] = manifest["leaves"]
-    _check_fit(found, entries, wanted)
+    who = "load_checkpoint"
+    everyone = all_ranks(who, mesh)
+    wanted: dict[str, Offer] = {}
+
+    def look(heard: list[None]) -> list[Path]:
+        return [find(Path(folder), step)] * len(heard)  # once: what is the latest may change while the ranks look
+
+    ask = functools.partial(offers, who, "like", like, error=CheckpointError)
+    found = consult(who, everyone, lambda: wanted.update(ask()), look, error=CheckpointError)
+    manifests: list[Manifest] = []
+
+    def fit() -> set[str]:
+        manifests.append(read_manifest(found))
+        return set(check_fit(found, manifests[0].leaves, {path: (o.dtype, o.shape) for path, o in wanted.items()}))
+
+    def compare(heard: list[set[str]]) -> Sequence[None]:
+        if lacking := set.intersection(*heard):
+            names = [path for path in manifests[0].leaves if path in lacking]
+            raise misfit(found, "the checkpoint", "like", names, mesh.size)
+        return [None] * len(heard)
+
+    consult(who, everyone, fit, compare, error=CheckpointError)
 
     def home(x: Tensor) -> torch.device:
         return torch.device(device) if device is not None else torch.device("cpu") if x.is_meta else x.device
 
-    def read(name: str) -> dict[str, Tensor]:
-        targets = {path: home(wanted[path]) for path, entry in entries.items() if entry["file"] == name}
-        return _read_file(found / name, manifest["files"][name], entries, targets)
+    targets = {path: (o.part, home(x)) for (path, o), x in zip(wanted.items(), tree_leaves(like), strict=True)}
+    loaded: list[Tensor] = []
 
-    loaded: dict[str, Tensor] = {}
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        for part in pool.map(read, manifest["files"]):
-            loaded |= part
-    return tree_replace_leaves(like, [loaded[path] for path in wanted])
+    def read() -> None:
+        loaded.extend(read_leaves(found, manifests[0], targets, workers=_WORKERS))
+
+    consult(who, everyone, read, lambda heard: heard, error=CheckpointError)
+    return tree_replace_leaves(like, loaded)
 
 
 def latest_step(folder: str | os.PathLike[str]) -> int | None:
@@ -163,127 +219,55 @@ def latest_step(folder: str | os.PathLike[str]) -> int | None:
     >>> fstep.latest_step("no/such/folder") is None
     True
     """
-    return max(_complete(Path(folder)), default=None)
+    return max(complete(Path(folder)), default=None)
+
+
+def _write(folder: Path, mesh: Mesh, leaves: Mapping[str, Tensor]) -> list[tuple[str, files.Written, list[str]]]:
+    """Write leaves into files of this rank; return for each file its name, what was written and the paths in it."""
+    prefix = "tensors" if mesh.size == 1 else f"tensors-rank{mesh.rank:05d}"
+    groups = files.group_by_size({path: x.nbytes for path, x in leaves.items()}, _GROUP_BYTES)
+
+    def write(number: int) -> tuple[str, files.Written, list[str]]:
+        name, group = f"{prefix}-{number:05d}.safetensors", {path: leaves[path] for path in groups[number]}
+        written = files.write_safetensors(folder / name, {p: (x.dtype, x.shape) for p, x in group.items()}, group.items())
+        if mesh.rank:  # rank 0 syncs the folder, but cannot wait for what another host has written
+            sync(folder / name)
+        return name, written, groups[number]
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        return list(pool.map(write, range(len(groups))))
+
+
+def _drop_old(final: Path, keep: int) -> None:
+    others = {number: path for number, path in complete(final.parent).items() if path.name != final.name}
+    for number in sorted(others)[: max(0, len(others) - (keep - 1))]:
+        discard(others[number])
+
+
+def _check_arguments(state: Any, keep: int | None, step: int | None) -> int:
+    """Return the step to save under."""
+    who = "save_checkpoint"
+    if keep is not None and keep < 1:
+        raise CheckpointError(f"{who}: keep={keep} would delete what was just saved; pass 1 or more, or None for all")
+    if step is None:
+        if not isinstance(getattr(state, "step", None), int | Tensor):
+            raise CheckpointError(f"{who}: {type(state).__name__} has no .step to name the checkpoint by; pass step=")
+        step = int(state.step)
+    if step < 0:
+        raise CheckpointError(f"{who}: step={step} is negative; pass the number of steps taken")
+    return step
+
+
+def _check_values(leaves: Mapping[str, Tensor]) -> None:
+    for path, x in leaves.items():
+        if x.is_meta or x.layout is not torch.strided or x.dtype not in files.DTYPES:
+            raise CheckpointError(
+                f"save_checkpoint: leaf {path!r} is a {x.dtype} tensor ({x.layout}, on {x.device}), which a checkpoint "
+                f"cannot hold; store dense values of one of {sorted(files.DTYPES.values())}"
+            )
 
 
 def _wait_for_devices(leaves: Mapping[str, Tensor]) -> None:
     # Files are written by other threads, whose streams do not wait for work queued on the caller's.
     for device in {x.device for x in leaves.values() if x.device.type != "cpu"}:
         torch.accelerator.synchronize(device)
-
-
-def _named_tensors(who: str, argument: str, tree: Any) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = {}
-    for path, leaf in zip(tree_paths(tree), tree_leaves(tree), strict=True):
-        if not isinstance(leaf, Tensor):
-            raise CheckpointError(
-                f"{who}: {argument} has a {type(leaf).__name__} at {path!r}; make it a tensor, or a static field if it "
-                "is part of the structure"
-            )
-        if path in named:
-            raise CheckpointError(f"{who}: {argument} has two leaves with the path {path!r}; use keys without dots")
-        named[path] = leaf
-    return named
-
-
-def _file_entry(done: files.Written) -> dict[str, Any]:
-    return {"size": done.size, "header_size": done.header_size, "header_crc32": done.header_crc32}
-
-
-def _leaf_entry(file: str, x: Tensor, span: files.Span) -> dict[str, Any]:
-    shape = list(x.shape)
-    return {"file": file, "offset": span.offset, "dtype": files.DTYPES[x.dtype], "shape": shape, "crc32": span.crc32}
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
-    manifest = files.unseal_json(raw)
-    if manifest is None:
-        raise _damaged(path, "its checksum does not match")
-    if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-        raise CheckpointError(
-            f"load_checkpoint: {path} is {manifest['format']!r} version {manifest['version']}, this fstep reads "
-            f"{FORMAT!r} version {VERSION}; load it with the fstep that wrote it"
-        )
-    return manifest
-
-
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"load_checkpoint: {path} is damaged: {what}; load another checkpoint with step=")
-
-
-def _complete(folder: Path) -> dict[int, Path]:
-    """Map step numbers to folders. One being replaced counts until its successor has landed."""
-    found: dict[int, Path] = {}
-    # In reverse order step-N comes after step-N.replaced, and wins.
-    for entry in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []:
-        match = re.fullmatch(f"{_STEP}({re.escape(files.REPLACED)})?", entry.name)
-        if match and (entry / MANIFEST).exists():
-            found[int(match[1])] = entry
-    return found
-
-
-def _find(folder: Path, step: int | None) -> Path:
-    found = _complete(folder)
-    wanted = max(found, default=None) if step is None else step
-    if wanted in found:
-        return found[wanted]
-    what = "load_checkpoint: no checkpoint" + ("" if step is None else f" of step {step}")
-    if not folder.is_dir():
-        raise CheckpointError(f"{what}, there is no folder {folder}; pass the folder given to save_checkpoint")
-    if (folder / MANIFEST).exists():
-        raise CheckpointError(f"{what} in {folder}, which is one itself; pass its parent folder, and step=")
-    partial = [e.name for e in sorted(folder.iterdir()) if re.fullmatch(_STEP, e.name) and e not in found.values()]
-    raise CheckpointError(
-        f"{what} in {folder}, which has "
-        + (f"those of steps {sorted(found)}" if found else "none")
-        + (f" and, without their {MANIFEST}, {', '.join(partial)}" if partial else "")
-        + "; pass the folder given to save_checkpoint, and a step that it has"
-    )
-
-
-def _check_fit(found: Path, entries: Mapping[str, Mapping[str, Any]], like: Mapping[str, Tensor]) -> None:
-    for here, there, names in (
-        ("the checkpoint", "like", [p for p in entries if p not in like]),
-        ("like", "the checkpoint", [p for p in like if p not in entries]),
-    ):
-        if names:
-            raise CheckpointError(
-                f"load_checkpoint: {here} has {files.listed(names)}, {there} has nothing there ({found}); make like with "
-                "the config, the optimizer and the trainable predicate of the run that saved it"
-            )
-    for path, x in like.items():
-        saved = (_DTYPE[entries[path]["dtype"]], tuple(entries[path]["shape"]))
-        if saved != (x.dtype, tuple(x.shape)):
-            raise CheckpointError(
-                f"load_checkpoint: leaf {path!r} is {saved[0]} {saved[1]} in {found}, and {x.dtype} {tuple(x.shape)} "
-                "in like; make like with the saved dtype and shape, and convert after loading"
-            )
-
-
-def _read_file(
-    path: Path,
-    record: Mapping[str, Any],
-    entries: Mapping[str, Mapping[str, Any]],
-    targets: Mapping[str, torch.device],
-) -> dict[str, Tensor]:
-    out = {}
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != record["size"]:
-                raise _damaged(path, f"it has {size} bytes, not {record['size']} (it holds {files.listed(list(targets))})")
-            if files.hex_crc(file.read(record["header_size"])) != record["header_crc32"]:
-                raise _damaged(path, f"the checksum of its header does not match (it holds {files.listed(list(targets))})")
-            for name, device in targets.items():
-                entry = entries[name]
-                x, crc = files.read_tensor(file, entry["offset"], _DTYPE[entry["dtype"]], entry["shape"])
-                if crc != entry["crc32"]:
-                    raise _damaged(path, f"the checksum of tensor {name!r} does not match")
-                out[name] = x.to(device)
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error}; it holds {files.listed(list(targets))})") from error
-    return out

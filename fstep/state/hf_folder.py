@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fstep.state.files import CRC_KEY, listed, tensor_crc
+from fstep.mesh.place import Range
+from fstep.state.files import Entry, listed, parse_header, read_head, read_runs
+from fstep.state.parts import Part, runs, whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -38,7 +40,7 @@ class HFFolder:
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.folder = folder
         self._stack = stack
-        self._opened: dict[str, tuple[Any, dict[str, str] | None]] = {}
+        self._opened: dict[str, tuple[Any, dict[str, Entry] | None]] = {}
         if not folder.is_dir():
             raise WeightsError(f"load_hf: there is no folder {folder}; download the model first, and pass where it is")
         has = sorted(entry.name for entry in folder.iterdir())
@@ -65,38 +67,46 @@ class HFFolder:
             raise WeightsError(f"load_hf: {path} names {listed(absent)}, absent from the folder; get the missing files")
         return files
 
-    def _open(self, file: str) -> tuple[Any, dict[str, str] | None]:
+    def _open(self, file: str) -> tuple[Any, dict[str, Entry] | None]:
+        """Return a file's tensors, and if we wrote it where they are and their checksums."""
         if file not in self._opened:
             try:
+                # The library checks that the header makes sense.
                 handle = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-                text = (handle.metadata() or {}).get(CRC_KEY)
-                sums = None if text is None else dict(json.loads(text))
-            except (OSError, ValueError, TypeError, SafetensorError) as error:
+                with open(self.folder / file, "rb", buffering=0) as raw:
+                    entries = parse_header(read_head(raw.fileno()))
+            except (OSError, EOFError, LookupError, ValueError, TypeError, SafetensorError) as error:
                 raise self._damaged(file, str(error)) from error
-            self._opened[file] = handle, sums
+            self._opened[file] = handle, entries
         return self._opened[file]
 
     def _damaged(self, file: str, what: str) -> WeightsError:
         return WeightsError(f"load_hf: {self.folder / file} is damaged or cut short: {what}; get the file again")
 
     def check(
-        self, shapes: Mapping[str, tuple[int, ...]], *, others: Collection[str], ignore: Sequence[str], strict: bool
+        self,
+        names: Collection[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        others: Collection[str],
+        ignore: Sequence[str],
+        strict: bool,
     ) -> None:
-        """Raise unless every name of ``shapes`` is there with its shape.
+        """Raise unless all ``names`` are there, and those in ``shapes`` have these.
 
         If ``strict``, raise too if there are more names than those, ``others``, and those with an ending in ``ignore``.
         """
-        if missing := [name for name in shapes if name not in self.files]:
+        if missing := [name for name in names if name not in self.files]:
             raise WeightsError(
-                f"load_hf: {self.folder} lacks {len(missing)} of {len(shapes)} tensors: {listed(missing, 20)}; it has "
+                f"load_hf: {self.folder} lacks {len(missing)} of {len(names)} tensors: {listed(missing, 20)}; it has "
                 f"{listed(sorted(self.files))}; make spec with this folder's config"
             )
-        known = {*shapes, *others}
+        known = {*names, *others}
         extra = sorted(name for name in self.files if name not in known and not name.endswith(tuple(ignore)))
         if strict and extra:
             raise WeightsError(
                 f"load_hf: {self.folder} has {len(extra)} tensors that spec lacks: {listed(extra, 20)}; make spec with "
-                "this folder's config, pass ignore=[ending, ...], or strict=False to load a part"
+                "this folder's config, pass ignore=[ending, ...], or whole= (or strict=False) to load a part"
             )
         wrong = [
             f"{name!r} is {found} and spec says {shape}"
@@ -116,23 +126,35 @@ class HFFolder:
         except SafetensorError as error:
             raise self._damaged(file, f"{name!r} is not in it ({error})") from error
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor, and check its bytes if its file has their checksum. It may be a view of the file."""
-        file = self.files[name]
-        handle, sums = self._open(file)
-        try:
-            x: Tensor = handle.get_tensor(name)
-        except SafetensorError as error:
-            raise self._damaged(file, f"tensor {name!r}: {error}") from error
-        if sums is not None and tensor_crc(x) != sums.get(name):
-            raise self._damaged(file, f"the checksum of tensor {name!r} does not match")
-        return x
+    def read(self, name: str, box: Sequence[Range] | None = None) -> Tensor:
+        """Read one tensor, or the elements of a box of it, and check what is read if its file has checksums.
 
-    def check_equal(self, name: str, other: str) -> None:
-        """Raise unless two tensors have the same bits."""
-        x, y = self.read(name), self.read(other)
-        same = (x.dtype, x.shape) == (y.dtype, y.shape)
-        if not same or not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
+        The result may be a view of the file.
+        """
+        file = self.files[name]
+        handle, entries = self._open(file)
+        full = whole(self._shape(name))
+        part = full if box is None else Part(tuple(box))
+        try:
+            if entries is not None:
+                out = torch.empty(part.shape, dtype=entries[name].dtype)
+                with open(self.folder / file, "rb", buffering=0) as raw:
+                    if not read_runs(raw.fileno(), entries[name], runs(full, part), out):
+                        raise self._damaged(file, f"the checksum of tensor {name!r} does not match")
+                return out
+            if part == full or not part.size:
+                found: Tensor = handle.get_tensor(name)
+                return found[tuple(slice(*span) for span in part.box)]
+            part_of_it: Tensor = handle.get_slice(name)[tuple(slice(*span) for span in part.box)]
+            return part_of_it
+        except (OSError, EOFError, SafetensorError) as error:
+            raise self._damaged(file, f"tensor {name!r}: {error}") from error
+
+    def check_equal(self, name: str, other: str, box: Sequence[Range]) -> None:
+        """Raise unless two tensors have the same shape and dtype, and the same bits in a box."""
+        same = self._shape(name) == self._shape(other)
+        x, y = (self.read(n, box) for n in (name, other)) if same else (torch.empty(0), torch.empty(1))
+        if x.dtype != y.dtype or not torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (x, y))):
             raise WeightsError(
                 f"load_hf: spec ties {name!r} to {other!r}, and {self.folder / self.files[name]} holds them apart, "
                 "with different values; set tie_word_embeddings=false in the config, and make spec with it"

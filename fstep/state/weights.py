@@ -7,16 +7,16 @@ A model says where its params come from with a *spec*, a tree of the params' str
      "layers": {0: {"q": ...}},      "layers": {0: {"q": HFTensor("model.layers.0...", ...)}},   ──► save_hf
      "head":   Tied("embed")}        "head":   Tied("embed")}
 
-A subtree of a spec loads a subtree of the params, which is how a pipeline stage reads its own part. Nothing here knows
-a model family, and nothing is downloaded.
+A part of a spec loads a part of the params: a subtree the params of a pipeline stage, a leaf inside a `Shard` a slice of a
+tensor. Nothing here knows a model family, and nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,27 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fstep.state.files import DTYPES, group_by_size, listed, whole_folder, write_safetensors
+from fstep.mesh.axis import Mesh
+from fstep.mesh.place import Range
+from fstep.state.agree import all_ranks, consult
+from fstep.state.files import DTYPES, group_by_size, listed, write_safetensors
+from fstep.state.folders import whole_folder
 from fstep.state.hf_folder import INDEX, SINGLE, HFFolder, WeightsError
-from fstep.tree import tree_leaves, tree_map, tree_paths
+from fstep.state.spec import HFTensor, spec_boxes, spec_leaves
+from fstep.state.stream import deliver, stream_hf, survey
+from fstep.tree import tree_replace_leaves
 
 __all__ = ["HFTensor", "WeightsError", "load_hf", "save_hf", "stream_hf"]
 
 CONFIG = "config.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class HFTensor:
-    """A leaf of a spec: the tensor's name in a Hugging Face folder, and its shape there and in the params.
-
-    >>> import fstep
-    >>> spec = {"embed": fstep.HFTensor("model.embed_tokens.weight", (32, 8)), "head": fstep.Tied("embed")}
-    >>> fstep.tree_leaves(spec)
-    [HFTensor(name='model.embed_tokens.weight', shape=(32, 8))]
-    """
-
-    name: str
-    shape: tuple[int, ...]
 
 
 def load_hf(
@@ -58,24 +50,30 @@ def load_hf(
     ignore: Sequence[str] = (),
     strict: bool = True,
     tied: Mapping[str, str] | None = None,
+    whole: Any = None,
 ) -> Any:
     """Read a Hugging Face folder's safetensors into params of the structure of ``spec``.
 
-    Each tensor is read, converted and moved on its own, so the extra memory is that of one tensor.
+    Each tensor, or of one inside a `Shard` that part, is read, converted and moved on its own, so the extra memory is that
+    of one tensor. Ranks do not talk: each reads what its spec asks for.
 
     Args:
         folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
-        spec: a tree of `HFTensor` and `Tied`, or a subtree of one.
+        spec: a tree of `HFTensor` and `Tied`, or a part of one: a subtree, leaves inside `Shard`, `Copied` and `Stages`.
+            The params have the same nodes.
         dtype: what floating-point tensors are converted to; by default each keeps its own.
         device: where the params go.
         ignore: endings of names that may be on disk although the spec lacks them, e.g. ``"rotary_emb.inv_freq"``.
-        strict: whether any other tensor on disk is an error; pass ``False`` with a subtree.
+        strict: whether any other tensor on disk is an error.
         tied: names of tensors that the spec ties, with the path they are tied to, e.g. ``{"lm_head.weight": "embed"}``.
-            Such a tensor may be on disk if it has the same bits as the one it is tied to.
+            Such a tensor may be on disk if it has the same bits as the one it is tied to, which is looked at for the part
+            that is read.
+        whole: the spec of the whole model, if ``spec`` is a part of it. Its tensors have to be on disk, and are what
+            ``strict`` means.
 
     Raises `WeightsError` for a folder that is no model, for missing and unexpected tensors, shapes that differ, damaged
-    files, and a tied tensor that differs. In a folder written by `save_hf` the bytes of every tensor are checked
-    against its checksum.
+    files, and a tied tensor that differs. In a folder written by `save_hf` the bytes that are read are checked against
+    their checksums, in blocks of at most 256 KiB.
 
     >>> import tempfile, torch, fstep
     >>> spec = {"w": fstep.HFTensor("linear.weight", (2,))}
@@ -84,54 +82,29 @@ def load_hf(
     ...     fstep.load_hf(path, spec, dtype=torch.bfloat16)
     {'w': tensor([1., 1.], dtype=torch.bfloat16)}
     """
-    leaves = _spec_leaves("load_hf", spec)
-    shapes = {leaf.name: tuple(leaf.shape) for leaf in leaves.values()}
-    same = {name: path for name, path in (tied or {}).items() if name not in shapes}
-    if strict and (unknown := [path for path in same.values() if path not in leaves]):
-        raise WeightsError(f"load_hf: tied names {listed(unknown)}, spec has no such leaf; it has {listed(list(leaves))}")
+    leaves = spec_leaves("load_hf", spec)
+    boxes = dict(zip(leaves, spec_boxes("load_hf", spec), strict=True))
+    model = leaves if whole is None else spec_leaves("load_hf", whole)
+    if odd := [path for path, leaf in leaves.items() if model.get(path) != leaf]:
+        raise WeightsError(f"load_hf: spec has {listed(odd)}, and whole has not; make both with the same config")
+    names = [leaf.name for leaf in model.values()]
+    same = {name: path for name, path in (tied or {}).items() if name not in names}
+    if strict and (unknown := [path for path in same.values() if path not in model]):
+        raise WeightsError(f"load_hf: tied names {listed(unknown)}, spec has no such leaf; it has {listed(list(model))}")
     with contextlib.ExitStack() as stack:
         source = HFFolder(Path(folder), stack)
-        source.check(shapes, others=same, ignore=ignore, strict=strict)
+        shapes = {leaf.name: tuple(leaf.shape) for leaf in leaves.values()}
+        source.check(names, shapes, others=same, ignore=ignore, strict=strict)
         for name, path in same.items():
             if name in source.files and path in leaves:
-                source.check_equal(name, leaves[path].name)
+                source.check_equal(name, leaves[path].name, boxes[path])
 
-        def read(leaf: HFTensor) -> Tensor:
-            x = source.read(leaf.name)
-            # A copy always: what the file gives is a view of the file.
+        def read(leaf: HFTensor, box: tuple[Range, ...]) -> Tensor:
+            x = source.read(leaf.name, box)
+            # A copy always: what the file gives may be a view of the file.
             return x.to(device, dtype if dtype is not None and x.is_floating_point() else x.dtype, copy=True)
 
-        return tree_map(read, spec)
-
-
-def stream_hf(params: Any, spec: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(Hugging Face name, tensor)`` for each leaf of ``params``, in their order; nothing for what is tied.
-
-    The tensors are the params' own, detached and not copied. Raises `WeightsError` at once if ``params`` lacks a leaf
-    of ``spec``, has one more, or has one of another shape.
-
-    >>> import torch, fstep
-    >>> spec = {"w": fstep.HFTensor("linear.weight", (2,)), "head": fstep.Tied("w")}
-    >>> list(fstep.stream_hf({"w": torch.ones(2), "head": fstep.Tied("w")}, spec))
-    [('linear.weight', tensor([1., 1.]))]
-    """
-    leaves = _spec_leaves("stream_hf", spec)
-    values = dict(zip(tree_paths(params), tree_leaves(params), strict=True))
-    missing, extra = [p for p in leaves if p not in values], [p for p in values if p not in leaves]
-    if missing or extra:
-        raise WeightsError(
-            "stream_hf: "
-            + (f"params have no leaf {listed(missing)}, which spec has; " if missing else "")
-            + (f"spec has no leaf {listed(extra)}, which params have; " if extra else "")
-            + "make spec with the config of these params, and merge adapters and gather shards first"
-        )
-    for path, leaf in leaves.items():
-        if tuple(values[path].shape) != tuple(leaf.shape):
-            raise WeightsError(
-                f"stream_hf: params leaf {path!r} has the shape {tuple(values[path].shape)}, spec says "
-                f"{tuple(leaf.shape)} for {leaf.name!r}; make spec with the config of these params"
-            )
-    return ((leaf.name, values[path].detach()) for path, leaf in leaves.items())
+        return tree_replace_leaves(spec, [read(leaf, boxes[path]) for path, leaf in leaves.items()])
 
 
 def save_hf(
@@ -139,6 +112,7 @@ def save_hf(
     params: Any,
     spec: Any,
     *,
+    mesh: Mesh = Mesh(),  # noqa: B008
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -146,16 +120,21 @@ def save_hf(
 ) -> Path:
     """Write ``params`` as a Hugging Face folder that ``from_pretrained`` loads, whole or not at all; return its path.
 
+    On a mesh every rank calls it with its own params, rank 0 gathers one tensor at a time and writes it. The files are the
+    same, byte for byte, from every mesh.
+
     Args:
         folder: made anew. One that holds a model is replaced, with everything in it; any other is refused.
-        params: the tree to write, on any device; one tensor at a time is copied to the host.
-        spec: a tree of `HFTensor` and `Tied` of the same structure.
+        params: the tree to write, on any device: this rank's, shards over any axis or replicated.
+        spec: a tree of `HFTensor` and `Tied`, that of the whole model.
+        mesh: the mesh whose ranks call this.
         config: written as ``config.json``. Its ``"dtype"`` is what ``from_pretrained`` converts to.
         dtype: what floating-point tensors are converted to; by default each keeps its own.
         max_shard_bytes: start another file when one would grow beyond this.
         extra_files: files to copy into the folder, such as those of the tokenizer.
 
-    Raises `WeightsError` if params and spec differ, or if the folder may not be replaced.
+    Raises `WeightsError` if params and spec differ, or if the folder may not be replaced. An error on one rank is raised
+    on all of them; `MeshError` if a rank is gone.
 
     >>> import os, tempfile, torch, fstep
     >>> spec = {"w": fstep.HFTensor("linear.weight", (2,))}
@@ -164,14 +143,45 @@ def save_hf(
     ...     sorted(os.listdir(path))
     ['config.json', 'model.safetensors']
     """
-    tensors = stream_hf(params, spec)
-    plan = {}
-    for name, x in stream_hf(params, spec):
-        kind = dtype if dtype is not None and x.is_floating_point() else x.dtype
-        if kind not in DTYPES or x.is_meta:
-            raise WeightsError(f"save_hf: {name!r} is {kind} on {x.device}, which no file can hold; pass dtype=, or values")
-        plan[name] = (kind, tuple(x.shape))
-    sizes = {name: kind.itemsize * torch.Size(shape).numel() for name, (kind, shape) in plan.items()}
+
+    def stored(kind: torch.dtype) -> torch.dtype:
+        return dtype if dtype is not None and kind.is_floating_point else kind
+
+    def check(leaf: HFTensor, x: Tensor) -> None:
+        if stored(x.dtype) not in DTYPES or x.is_meta:
+            raise WeightsError(
+                f"save_hf: {leaf.name!r} is {stored(x.dtype)} on {x.device}, which no file can hold; pass dtype=, or values"
+            )
+
+    everyone = all_ranks("save_hf", mesh)
+    shares = survey("save_hf", params, spec, everyone, check)
+    tensors = deliver("save_hf", params, spec, shares, everyone, to_all=False)
+
+    def write() -> None:
+        try:
+            if everyone.rank == 0:
+                leaves = spec_leaves("save_hf", spec).items()
+                plan = {leaf.name: (stored(shares[path].dtype), shares[path].shape) for path, leaf in leaves}
+                converted = ((name, x.to(plan[name][0])) for name, x in tensors)
+                _write(Path(folder), plan, converted, config, max_shard_bytes, extra_files)
+        finally:
+            for _ in tensors:  # all go through to the end, so that nobody is left waiting when the writer fails
+                pass
+
+    consult("save_hf", everyone, write, lambda heard: heard, error=WeightsError)
+    return Path(folder)
+
+
+def _write(
+    folder: Path,
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterator[tuple[str, Tensor]],
+    config: Mapping[str, Any] | None,
+    max_shard_bytes: int,
+    extra_files: Sequence[str | os.PathLike[str]],
+) -> None:
+    """Write a model folder whose tensors come in the order of ``plan``."""
+    sizes = {name: kind.itemsize * math.prod(shape) for name, (kind, shape) in plan.items()}
     groups = group_by_size(sizes, max_shard_bytes)
     shards = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     if len(groups) == 1:
@@ -185,11 +195,11 @@ def save_hf(
         if not file.is_file() or file.name in written:
             raise WeightsError(f"save_hf: extra_files has {str(file)!r}, no file or of a name already written; leave it out")
         written.add(file.name)
-    final = Path(folder).resolve()
+    final = folder.resolve()
     _check_replaceable(final)
     with whole_folder(final) as new:
         for shard, group in zip(shards, groups, strict=True):
-            part = ((name, x.to(plan[name][0])) for name, x in itertools.islice(tensors, len(group)))
+            part = itertools.islice(tensors, len(group))
             write_safetensors(new / shard, {name: plan[name] for name in group}, part)
         if shards != [SINGLE]:
             weight_map = {name: shard for shard, group in zip(shards, groups, strict=True) for name in group}
@@ -199,7 +209,6 @@ def save_hf(
             (new / CONFIG).write_text(settings)
         for file in map(Path, extra_files):
             shutil.copyfile(file, new / file.name)
-    return Path(folder)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -213,16 +222,3 @@ def _check_replaceable(folder: Path) -> None:
         raise WeightsError(f"save_hf: {folder} exists and is no model folder, it has {names}; pass another path")
     if inner := [entry.name for entry in has if entry.is_dir()]:
         raise WeightsError(f"save_hf: {folder} would be replaced, folders {listed(inner)} in it too; pass another path")
-
-
-def _spec_leaves(who: str, spec: Any) -> dict[str, HFTensor]:
-    leaves = dict(zip(tree_paths(spec), tree_leaves(spec), strict=True))
-    paths: dict[str, str] = {}
-    for path, leaf in leaves.items():
-        if not isinstance(leaf, HFTensor):
-            raise WeightsError(f"{who}: spec has a {type(leaf).__name__} at {path!r}; make it an HFTensor(name, shape)")
-        if leaf.name in paths:
-            first = paths[leaf.name]
-            raise WeightsError(f"{who}: spec has {leaf.name!r} at {first!r} and {path!r}; put Tied({first!r}) at {path!r}")
-        paths[leaf.name] = path
-    return leaves

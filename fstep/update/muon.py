@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fstep.grad.autodiff import Predicate
+from fstep.mesh.place import places
 from fstep.state.state import TrainState
 from fstep.trace import is_recording
 from fstep.tree import pytree, tree_leaves, tree_map, tree_map_with_path, tree_replace_leaves
@@ -34,6 +35,7 @@ from fstep.update.rows import (
     select,
     trained,
     update_rows,
+    whole_of,
 )
 
 # Rounding to bfloat16 changes the result by a few percent of a step, which training does not notice and speed does.
@@ -123,7 +125,7 @@ class Muon:
         """Return zero momentum for what ``matrices`` chooses of the trained leaves, and `AdamW.init` of the others.
 
         Raises `TypeError` for a trained leaf that is not floating-point, `ValueError` if there is nothing to train or
-        ``matrices`` chooses a leaf that is neither a matrix nor a stack of them.
+        ``matrices`` chooses a leaf that is neither a matrix nor a stack of them, or of which this rank holds only a part.
 
         >>> import torch, fstep
         >>> fstep.muon.init({"layers": {0: {"q": torch.ones(1, 2)}}}).momentum
@@ -132,7 +134,14 @@ class Muon:
         chosen = select("muon.init", params, trainable)
 
         def orthogonalised(path: str, leaf: Tensor) -> bool:
-            is_hidden = bool(self.matrices(path, leaf))
+            place = next(where)
+            is_hidden = bool(self.matrices(path, whole_of(leaf, place)))
+            require(
+                not is_hidden or not place.axes,
+                f"muon.init: `matrices` chose {path!r}, of which this rank holds a part over axis "
+                f"{place.axes[-1].name if place.axes else ''!r}, and Muon needs whole matrices; keep them whole on every "
+                "rank, or let `matrices` leave out what shard_params or a tensor-parallel mesh has cut",
+            )
             require(
                 not is_hidden or leaf.ndim in (2, 3),
                 f"muon.init: `matrices` chose {path!r}, which has {leaf.ndim} dimensions; "
@@ -140,6 +149,7 @@ class Muon:
             )
             return is_hidden
 
+        where = iter(places(chosen))
         hidden = tree_map_with_path(orthogonalised, chosen)
         others = tree_map(lambda leaf, is_hidden: None if is_hidden else leaf, chosen, hidden)
         return MuonState(

@@ -20,7 +20,6 @@ from fstep.mesh.axis import Axis, Mesh
 from fstep.mesh.collectives import psum
 from fstep.mesh.exchange import transport
 from fstep.mesh.place import Copied, Place
-from fstep.mesh.transport import combine
 from fstep.update.rows import leaf_norms
 
 DATA = ("dp", "cp")  # along these ranks see other tokens with the same parameters
@@ -77,17 +76,20 @@ def _sum_copies(x: Tensor, copies: Copied) -> Tensor:
         raise ValueError(
             "finalize_grads: an outer derivative is being taken through a parameter that several stages hold; detach grads"
         )
-    line, me = transport("finalize_grads", copies.axis), copies.axis.rank
-    x = x.contiguous()
-    # Down and up the pipeline on different channels: two ranks that both send first would wait for each other.
-    out = [line.send(x, r, channel="forward" if r > me else "backward") for r in copies.ranks if r != me]
-    parts = [
-        x if r == me else line.recv(r, x.shape, x.dtype, channel="forward" if r < me else "backward").wait()
-        for r in copies.ranks
-    ]
-    for pending in out:
-        pending.wait()
-    return combine(parts, "sum")
+    line, me = transport("finalize_grads", copies.axis), copies.ranks.index(copies.axis.rank)
+    up, down = copies.ranks[me + 1 : me + 2], copies.ranks[:me][-1:]
+    # Up along the copies and back: two ranks that both send first would wait for each other.
+    total = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    for r in down:
+        total = line.recv(r, total.shape, total.dtype, channel="forward").wait() + total
+    for r in up:
+        line.send(total, r, channel="forward").wait()
+    total = total.to(x.dtype)
+    for r in up:
+        total = line.recv(r, x.shape, x.dtype, channel="backward").wait()
+    for r in down:
+        line.send(total, r, channel="backward").wait()
+    return total
 
 
 def norm_over_mesh(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh, like: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fstep.grad.autodiff import Predicate, split_trainable
+from fstep.mesh.place import Place, places
 from fstep.state.donate import bury
 from fstep.state.state import TrainState
 from fstep.tree import check_type, tree_leaves, tree_map_with_path, tree_paths, tree_replace_leaves
@@ -37,12 +38,19 @@ class Row(NamedTuple):
     param: Tensor
     grad: Tensor
     slots: tuple[Any, ...]
+    place: Place
+
+
+def whole_of(leaf: Tensor, place: Place) -> Tensor:
+    """Return what a predicate is asked about: the leaf or, of a part, a tensor with the whole's shape and no memory."""
+    return leaf if leaf.shape == place.shape else torch.empty(place.shape, dtype=leaf.dtype, device="meta")
 
 
 def matrices(path: str, leaf: Tensor) -> bool:
     """Choose the leaves of two or more dimensions: the usual answer to "what is decayed?".
 
-    Norm scales and biases have one dimension and are left out. For ``decay=``, which asks about every trained leaf.
+    Norm scales and biases have one dimension and are left out. For ``decay=``, which asks about every trained parameter: of
+    one that is cut, it is shown a meta tensor of the whole shape.
 
     >>> import torch, fstep
     >>> fstep.matrices("layers.0.q", torch.ones(2, 2)), fstep.matrices("layers.0.norm", torch.ones(2))
@@ -95,7 +103,7 @@ def check_update(optimizer: str, state: TrainState, lr: float | Tensor, memory: 
 
 def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[Row | None]:
     """Pair each leaf of the params with its gradient and its optimizer state; ``None`` stands for a frozen leaf."""
-    rows: list[Row | None] = []
+    rows: list[Any] = []
 
     def add(path: str, param: Tensor, grad: Any, *slot: Any) -> Tensor:
         trained = any(s is not None for s in slot)
@@ -116,7 +124,7 @@ def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[R
                 f"{function}: the gradient of {path!r} has shape {tuple(grad.shape)}, "
                 f"its parameter has shape {tuple(param.shape)}; differentiate with respect to these params"
             )
-        rows.append(Row(path, param, grad, slot) if trained else None)
+        rows.append((path, param, grad, slot) if trained else None)
         return param
 
     try:
@@ -127,7 +135,8 @@ def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[R
         # The tree library names types and counts; whoever reads the error wants the leaf.
         raise ValueError(_difference(function, state.params, (grads, *slots))) from error
     require(any(rows), f"{function}: no leaf has a gradient; call init with a trainable= that chooses some")
-    return rows
+    where = iter(places(grads))
+    return [None if row is None else Row._make((*row, next(where))) for row in rows]
 
 
 def _difference(function: str, params: Any, others: tuple[Any, ...]) -> str:
@@ -217,7 +226,7 @@ def update_rows(
     out: list[tuple[Tensor, ...]] = [()] * len(rows)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, row in enumerate(rows):
-        decayed = weight_decay if decay is None or decay(row.path, row.param) else 0.0
+        decayed = weight_decay if decay is None or decay(row.path, whole_of(row.param, row.place)) else 0.0
         if kernel is None or recording or not _fits_kernel((row.param, *row.slots)):
             out[i] = _by_formula(row, bad, formula, decayed, donate, recording)
         else:

@@ -31,6 +31,7 @@ class Case:
     oracle: Callable[[list[Tensor]], list[Tensor]]
     replicated_in: bool = False  # one vector, the same on all ranks, and so is its gradient
     replicated_out: bool = False
+    partial_out: bool = False  # addends of one vector, whose gradient is the same on all ranks
     min_size: int = 1
 
 
@@ -49,6 +50,13 @@ def swap(xs: list[Tensor], split: int, concat: int) -> list[Tensor]:
 CASES = [
     Case("psum", lambda x, a: fstep.psum(x, axis=a), lambda xs: [add(xs)] * len(xs), replicated_out=True),
     Case("pvary", lambda x, a: fstep.pvary(x, axis=a), lambda xs: xs, replicated_in=True),
+    Case(
+        "as_partial",
+        lambda x, a: fstep.as_partial(x, axis=a),
+        lambda xs: [xs[0], *(torch.zeros_like(x) for x in xs[1:])],
+        replicated_in=True,
+        partial_out=True,
+    ),
     *(
         Case(
             f"all_gather dim={dim} grad={grad}",
@@ -121,7 +129,8 @@ def inputs(case: Case, size: int) -> list[Tensor]:
 
 
 def cotangents(case: Case, outs: list[Tensor]) -> list[Tensor]:
-    return [rand(0 if case.replicated_out else r, 7, shape=tuple(out.shape)) for r, out in enumerate(outs)]
+    alike = case.replicated_out or case.partial_out
+    return [rand(0 if alike else r, 7, shape=tuple(out.shape)) for r, out in enumerate(outs)]
 
 
 def pair(replicated: bool, xs: list[Tensor], ys: list[Tensor]) -> Tensor:

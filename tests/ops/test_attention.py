@@ -199,26 +199,37 @@ def test_opcheck(window: int) -> None:
     q, k, v, g = inputs([4, 1, 3], kv_heads=4, dtype=torch.float32)
     cu = boundaries([4, 1, 3])
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(attention._attend_cpu, (*leaves, cu, window, 0.5))
-    out, lse = attention._attend_cpu(q, k, v, cu, window, 0.5)
-    torch.library.opcheck(attention._attend_cpu_backward, (g, q, k, v, out, lse, cu, window, 0.5))
+    torch.library.opcheck(attention._attend_cpu, (*leaves, cu, cu.clone(), window, 0.5))
+    out, lse = attention._attend_cpu(q, k, v, cu, cu.clone(), window, 0.5)
+    torch.library.opcheck(attention._attend_cpu_backward, (g, q, k, v, out, lse, cu, cu.clone(), window, 0.5))
 
 
 def test_logsumexp() -> None:
     q, k, v, _ = inputs([3, 2], heads=1, kv_heads=1)
-    _, lse = attention._attend_cpu(q, k, v, boundaries([3, 2]), 0, 0.5)
+    _, lse = attention._attend_cpu(q, k, v, boundaries([3, 2]), boundaries([3, 2]), 0, 0.5)
     scores = (k[3:5, 0] * q[4, 0]).sum(-1) * 0.5
     torch.testing.assert_close(lse[0, 4], scores.exp().sum().log(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["", "_backward"])
-def test_private_kernel_is_there(name: str) -> None:
-    name = f"_scaled_dot_product_flash_attention_for_cpu{name}"
+CPU = ("is_causal", "attn_mask", "scale")
+CUDA = ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "is_causal", "scale", "window_size_left", "window_size_right")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("_scaled_dot_product_flash_attention_for_cpu", CPU),
+        ("_scaled_dot_product_flash_attention_for_cpu_backward", (*CPU, "logsumexp")),
+        ("_flash_attention_forward", (*CUDA, "return_debug_mask", "softmax_logsumexp")),
+        ("_flash_attention_backward", (*CUDA, "logsumexp", "rng_state", "unused")),
+    ],
+)
+def test_private_kernel_is_there(name: str, arguments: tuple[str, ...]) -> None:
     if not hasattr(torch.ops.aten, name):
-        pytest.fail(f"this torch has no torch.ops.aten.{name}; find its successor for fstep/ops/attention.py")
+        pytest.fail(f"this torch has no torch.ops.aten.{name}; find its successor for fstep/ops/kernels.py")
     schema = str(getattr(torch.ops.aten, name).default._schema)
-    for argument in ("is_causal", "attn_mask", "scale"):
-        assert argument in schema, f"the arguments of {name} have changed: {schema}"
+    for argument in arguments:
+        assert f" {argument}" in schema, f"the arguments of {name} have changed: {schema}"
 
 
 def test_inputs_are_not_changed() -> None:

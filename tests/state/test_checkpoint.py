@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -19,30 +18,10 @@ from torch import Tensor
 
 from fstep.key import Key
 from fstep.ratio import Ratio
-from fstep.state import checkpoint, files
+from fstep.state import checkpoint, files, manifest
 from fstep.state.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
-from fstep.tree import Tied, pytree, tree_leaves, tree_map, tree_paths
-
-
-@pytree
-class Run:
-    """As much of a training state as a toy needs."""
-
-    params: Any
-    momentum: Any
-    step: Tensor
-    key: Key
-
-
-def bits(x: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    # Through a list of untyped bytes, so not through the code that is tested.
-    return x.dtype, tuple(x.shape), bytes(x.detach().clone(memory_format=torch.contiguous_format).untyped_storage())
-
-
-def assert_same_bits(a: Any, b: Any) -> None:
-    assert tree_paths(a) == tree_paths(b)
-    for path, x, y in zip(tree_paths(a), tree_leaves(a), tree_leaves(b), strict=True):
-        assert bits(x) == bits(y), path
+from fstep.tree import Tied, tree_leaves, tree_map, tree_paths
+from tests.state.trees import Run, assert_same_bits, bits
 
 
 def awkward_tree() -> dict[str, Any]:
@@ -104,16 +83,23 @@ def test_files_can_be_read_by_the_safetensors_library(tmp_path: Path) -> None:
         assert bits(x) == bits(tree[name].resolve_conj()), name
 
 
+def entries_of(file: Path) -> dict[str, files.Entry]:
+    raw = file.read_bytes()
+    entries = files.parse_header(raw[: 8 + int.from_bytes(raw[:8], "little")])
+    assert entries is not None
+    return entries
+
+
 def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:
     tree = {"a": torch.tensor(True), "b": torch.zeros(3, dtype=torch.float64), "c": torch.ones(1).half(), "d": torch.ones(1)}
     path = save_checkpoint(tmp_path, tree, step=0)
-    for name, entry in json.loads((path / "manifest.json").read_bytes())["leaves"].items():
-        assert entry["offset"] % tree[name].itemsize == 0, name
+    for name, entry in entries_of(path / "tensors-00000.safetensors").items():
+        assert entry.offset % tree[name].itemsize == 0, name
 
 
 def test_large_states_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 100)
-    monkeypatch.setattr(files, "_CHUNK", 7)
+    monkeypatch.setattr(files, "_BAND_BYTES", 7)
     tree = {f"x{i}": torch.randn(5, dtype=torch.float64) for i in range(5)} | {"big": torch.randn(1000)}
     path = save_checkpoint(tmp_path, tree, step=0)
     assert len(list(path.glob("*.safetensors"))) == 4  # big | x0 x1 | x2 x3 | x4
@@ -434,8 +420,7 @@ def test_every_flipped_bit_is_an_error_that_names_file_and_tensor(saved: tuple[P
     path, run = saved
     names = sorted(p.name for p in path.iterdir())
     assert names == ["manifest.json", "tensors-00000.safetensors", "tensors-00001.safetensors"]
-    leaves = json.loads((path / "manifest.json").read_bytes())["leaves"]
-    sizes = {leaf: x.nbytes for leaf, x in zip(tree_paths(run), tree_leaves(run), strict=True)}
+    held = {name: entries_of(path / name) if "tensors" in name else {} for name in names}
     rng = random.Random(0)
     tried = set()
     for name in names:
@@ -448,13 +433,13 @@ def test_every_flipped_bit_is_an_error_that_names_file_and_tensor(saved: tuple[P
             bad = bytearray(good)
             bad[byte] ^= 1 << place % 8
             file.write_bytes(bad)
-            within = [p for p, e in leaves.items() if e["file"] == name and 0 <= byte - e["offset"] < sizes[p]]
+            within = [p for p, e in held[name].items() if 0 <= byte - e.offset < e.nbytes]
             tried.update(within)
             part = f"tensor '{re.escape(within[0])}'" if within else "checksum"
             with pytest.raises(CheckpointError, match=f"{re.escape(str(file))} is damaged: .*{part}"):
                 load_checkpoint(path.parent, run)
         file.write_bytes(good)
-    assert tried == set(leaves)
+    assert tried == set(tree_paths(run))
     assert_same_bits(load_checkpoint(path.parent, run), run)
 
 
@@ -487,10 +472,10 @@ def test_two_files_in_each_others_place_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "VERSION", 2)
-    save_checkpoint(tmp_path, state_of(1))
-    monkeypatch.setattr(checkpoint, "VERSION", 1)
-    with pytest.raises(CheckpointError, match=r"version 2, this fstep reads 'fstep checkpoint' version 1"):
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "VERSION", 3)
+        save_checkpoint(tmp_path, state_of(1))
+    with pytest.raises(CheckpointError, match=r"version 3, this fstep reads 'fstep checkpoint' versions 1 to 2; load it"):
         load_checkpoint(tmp_path, state_of(1))
 
 

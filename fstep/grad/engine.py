@@ -1,0 +1,38 @@
+"""torch's autograd engine, started from places in a graph that its public functions do not take everywhere.
+
+`torch.autograd.backward` and `grad` take a `GradientEdge` in place of a tensor, but in torch 2.11 not one that points at a
+`torch.autograd.Function`. The engine itself does. test_halves.py fails clearly should its name go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+
+def from_function(y: Tensor | GradientEdge) -> bool:
+    """Say whether an edge points at a `torch.autograd.Function`."""
+    return isinstance(y, GradientEdge) and isinstance(y.node, torch.autograd.function.BackwardCFunction)
+
+
+def run_engine(
+    outputs: Sequence[Tensor | GradientEdge],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
+    *,
+    accumulate: bool,
+) -> tuple[Tensor | None, ...]:
+    """Add the gradients of ``inputs`` to their ``.grad``, or return them and keep the graph."""
+    found: tuple[Tensor | None, ...] = torch.autograd.graph._engine_run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        not accumulate,
+        False,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=accumulate,
+    )
+    return found
