@@ -3,7 +3,7 @@
     python examples/sft.py                                              a tiny Qwen3 on made-up questions, on a laptop
     python examples/sft.py --model DIR --data chats.jsonl --out runs/x  a Hugging Face checkpoint on your chats
     python examples/sft.py ... --resume                                 go on where the last checkpoint stands
-    torchrun --nproc-per-node 2 examples/sft.py ...                     the same run, its documents divided over 2 ranks
+    torchrun --nproc-per-node 4 examples/sft.py --pp 2 --cp 2           the same run on 4 ranks: --pp, --cp, --tp, --zero
 
 Each line of the data file is {"messages": [{"role": ..., "content": ...}, ...]}; the loss is on what the assistant says.
 The run writes metrics.jsonl, loss.png, checkpoints/ and, at the end, model/, which transformers can load.
@@ -12,6 +12,7 @@ The run writes metrics.jsonl, loss.png, checkpoints/ and, at the end, model/, wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -32,44 +33,59 @@ from fstep_models.config import ConfigError, stored_dtype
 from fstep_models.dense import Config, Dense
 
 
+def microbatches(docs: fstep.Docs, *, mesh: fstep.Mesh, max_tokens: int, device: torch.device) -> list[fstep.Packed]:
+    """Cut the step's documents for this rank: its share of them over dp, and its chunks of each over cp."""
+    multiple = 2 * mesh.cp.size
+    parts = fstep.split_microbatches(docs, max_tokens=max_tokens, multiple_of=multiple, axis=mesh.dp)
+    packed = [fstep.cp_shard(fstep.pack_thd(part, multiple_of=multiple), axis=mesh.cp) for part in parts]
+    return [fstep.to_device(mb, device) for mb in packed]
+
+
 def sft_step(
     state: fstep.TrainState, docs: fstep.Docs, *, model: Dense, mesh: fstep.Mesh, optimizer: fstep.AdamW, lr: Any,
-    max_tokens: int, device: torch.device,
+    schedule: str, max_tokens: int, device: torch.device,
 ) -> tuple[fstep.TrainState, dict[str, torch.Tensor]]:  # fmt: skip
     """Take one step: the whole of training is these lines."""
-    batch = [
-        fstep.to_device(fstep.cp_shard(fstep.pack_thd(mb), axis=mesh.cp), device)
-        for mb in fstep.split_microbatches(docs, max_tokens=max_tokens)
-    ]
+    batch = microbatches(docs, mesh=mesh, max_tokens=max_tokens, device=device)
 
     def loss_fn(params: Any, x: torch.Tensor, mb: fstep.Packed) -> fstep.Ratio:
         return fstep.sft_loss(model.logprobs(params, x, mb, mesh=mesh), mb.weights)
 
-    loss, grads = fstep.pp_forward_backward(model.stage(mesh), loss_fn, state.params, batch, axis=mesh.pp)
+    stage = model.stage(mesh)
+    loss, grads = fstep.pp_forward_backward(stage, loss_fn, state.params, batch, axis=mesh.pp, schedule=schedule)
     grads, metrics = fstep.finalize_grads(grads, loss, mesh=mesh, max_norm=1.0, donate=True)
     return optimizer.update(state, grads, lr=lr, donate=True), metrics
 
 
 def evaluate(
-    params: Any, docs: fstep.Docs, *, model: Dense, mesh: fstep.Mesh, max_tokens: int, device: torch.device
+    params: Any, docs: fstep.Docs, *, model: Dense, mesh: fstep.Mesh, schedule: str, max_tokens: int, device: torch.device
 ) -> float:
-    """Return the mean loss over all tokens of ``docs``, of which each rank computes its part."""
-    docs = fstep.divide_documents(docs, axis=mesh.dp)
-    batch = [fstep.to_device(fstep.pack_thd(mb), device) for mb in fstep.split_microbatches(docs, max_tokens=max_tokens)]
-    ratios = fstep.pp_forward(
-        model.stage(mesh), lambda p, x, mb: fstep.sft_loss(model.logprobs(p, x, mb), mb.weights), params, batch
-    )
-    return float(fstep.psum(sum(ratios[1:], ratios[0]), axis=mesh.dp).mean())
+    """Return the mean loss over all tokens of ``docs``."""
+    batch = microbatches(docs, mesh=mesh, max_tokens=max_tokens, device=device)
+
+    def loss_fn(params: Any, x: torch.Tensor, mb: fstep.Packed) -> fstep.Ratio:
+        return fstep.sft_loss(model.logprobs(params, x, mb, mesh=mesh), mb.weights)
+
+    ratios = fstep.pp_forward(model.stage(mesh), loss_fn, params, batch, axis=mesh.pp, schedule=schedule)
+    return float(fstep.psum(sum(ratios[1:], ratios[0]), axis=mesh.over("dp", "cp")).mean())
 
 
-@torch.no_grad()
-def complete(model: Dense, params: Any, prompt: list[int], *, stop: set[int], most: int, device: torch.device) -> list[int]:
+def complete(
+    params: Any, prompt: list[int], *, model: Dense, mesh: fstep.Mesh, schedule: str, stop: set[int], most: int,
+    device: torch.device,
+) -> list[int]:  # fmt: skip
     """Return the likeliest continuation of ``prompt``, a token at a time."""
+    mesh = replace(mesh, cp=fstep.Axis("cp"))  # a prompt is short: every rank of cp reads all of it
+
+    def likeliest(params: Any, x: torch.Tensor, mb: fstep.Packed) -> torch.Tensor:
+        last = fstep.tp_gather(x, axis=mesh.tp, tokens=len(mb.tokens))[-1:]
+        return model.logits(params, last, mesh=mesh, tokens=1).argmax()
+
     ids = list(prompt)
     while len(ids) < len(prompt) + most and not (ids[-1] in stop and len(ids) > len(prompt)):
         packed = fstep.to_device(fstep.pack_thd(fstep.make_docs([ids])), device)
-        x = model.stage()(params, None, packed)
-        ids.append(int(model.logits(params, x[-1:]).argmax()))
+        (token,) = fstep.pp_forward(model.stage(mesh), likeliest, params, [packed], axis=mesh.pp, schedule=schedule)
+        ids.append(int(token))
     return ids[len(prompt) :]
 
 
@@ -164,6 +180,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--max-tokens", type=int, default=2048, help="tokens a microbatch")
     p.add_argument("--lr", type=float, help="peak learning rate (default 3e-3 tiny, 1e-5 with --model)")
     p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    for axis, what in (("pp", "pipeline stages"), ("cp", "chunks of each document"), ("tp", "slices of each weight")):
+        p.add_argument(f"--{axis}", type=int, default=1, help=f"ranks for {what}; the rest divide the documents")
+    p.add_argument("--schedule", default="1f1b", help="of the pipeline: gpipe, 1f1b, interleaved, zbv, ...")
+    p.add_argument("--zero", action="store_true", help="shard params and optimizer state over dp and cp (ZeRO-3)")
     p.add_argument("--remat", choices=["none", "full"], default="none", help="compute blocks again in the backward pass")
     p.add_argument("--compile", action="store_true", help="torch.compile the block")
     p.add_argument("--seed", type=int, default=0)
@@ -181,7 +201,7 @@ def arguments() -> argparse.Namespace:
         torch.zeros(1, device=a.device)
     except (RuntimeError, AssertionError) as error:
         p.error(f"--device {a.device}: {error}")
-    for name in ("steps", "batch", "max_tokens", "save_every"):
+    for name in ("steps", "batch", "max_tokens", "save_every", "pp", "cp", "tp"):
         if getattr(a, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more")
     return a
@@ -206,7 +226,7 @@ def train(a: argparse.Namespace, mesh: fstep.Mesh) -> None:
             tokenizer = AutoTokenizer.from_pretrained(a.model)
         except (OSError, ValueError) as error:
             sys.exit(f"{a.model}: transformers finds no tokenizer there: {error}")
-        model, params = Dense.load(a.model, device=device)
+        model, params = Dense.load(a.model, mesh=mesh, schedule=a.schedule, device=device)
         docs = read_chats(a.data, tokenizer, model.config.vocab, a.max_tokens)
         what, count = "validation", len(docs.lengths)
         validation = fstep.select_documents(docs, range(0, count, 20))
@@ -219,31 +239,35 @@ def train(a: argparse.Namespace, mesh: fstep.Mesh) -> None:
         docs = validation = fstep.make_docs(tokens, weights=weights, vocab_size=tinydata.VOCAB)
         what = "training"  # there is nothing to hold out: the questions are facts to be learnt by heart
         model = Dense(tiny_model())
-        params = model.init(key.fold_in(0), device=device)
+        params = model.init(key.fold_in(0), mesh=mesh, schedule=a.schedule, device=device)
         prompt, stop, show = tinydata.encode("Which planet comes after Earth? "), {tinydata.END}, tinydata.decode
         if device.type == "cpu":
             torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much on a busy machine
     check_same_run(a, docs, write=lead)
     half = torch.bfloat16 if device.type == "cuda" else None
     model = replace(model, dtype=half, remat=a.remat, compile=a.compile)
+    if a.zero:
+        params = fstep.shard_params(params, mesh.over("dp", "cp"), dtype=half)
     optimizer = fstep.AdamW(weight_decay=0.01, decay=fstep.matrices)
     state = fstep.init_state(params, optimizer, key=key.fold_in(1))
     del params  # the state owns them: each update reuses their memory
 
     kept: list[str] = []
     if a.resume:
-        state = fstep.load_checkpoint(checkpoints, state)
+        state = fstep.load_checkpoint(checkpoints, state, mesh=mesh)
         kept = metrics_file.read_text().splitlines()[: int(state.step)] if metrics_file.exists() else []
         say(f"resuming at step {int(state.step)}")
 
-    sizes = [x.numel() for x in fstep.tree_leaves(state.params)]
-    say(f"{model.config.family}, {sum(sizes):,} parameters; {len(docs.lengths):,} documents, {len(docs.tokens):,} tokens")
-    fixed: dict[str, Any] = {"model": model, "mesh": mesh, "max_tokens": a.max_tokens, "device": device}
+    size = sum(math.prod(leaf.shape) for leaf in fstep.tree_leaves(model.spec()))
+    say(f"{model.config.family}, {size:,} parameters; {len(docs.lengths):,} documents, {len(docs.tokens):,} tokens")
+    if mesh.size > 1:
+        say(mesh.draw())
+    where: dict[str, Any] = {"model": model, "mesh": mesh, "schedule": a.schedule, "device": device}
+    fixed = {**where, "max_tokens": a.max_tokens}
     first = evaluate(state.params, validation, **fixed)
     if not math.isfinite(first):
         sys.exit(f"the {what} loss is {first} before any step: the weights are not usable")
-    sample: dict[str, Any] = {"stop": stop, "most": 48, "device": device}
-    before = show(complete(model, state.params, prompt, **sample))
+    before = show(complete(state.params, prompt, stop=stop, most=48, **where))
 
     peak = (1e-5 if a.model else 3e-3) if a.lr is None else a.lr
     if lead:  # what was logged after the checkpoint happens again; replaced whole, so that a kill loses no line
@@ -259,33 +283,41 @@ def train(a: argparse.Namespace, mesh: fstep.Mesh) -> None:
             rows, position = fstep.draw_documents(state.data, num=a.batch, of=len(docs.lengths), key=state.key)
             lr = fstep.warmup_cosine(step, peak=peak, warmup=min(10, a.steps), total=a.steps, floor=peak / 10)
             drawn = fstep.select_documents(docs, rows)
-            mine = fstep.divide_documents(drawn, axis=mesh.dp)
-            state, metrics = sft_step(replace(state, data=position), mine, optimizer=optimizer, lr=lr, **fixed)
+            state, metrics = sft_step(replace(state, data=position), drawn, optimizer=optimizer, lr=lr, **fixed)
             row = {name: float(value) for name, value in metrics.items()}
             speed = len(drawn.tokens) / (time.perf_counter() - began)
             line = {"step": step, **row, "lr": float(lr), "tokens_per_second": round(speed)}
             log.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
             bar.update()
-            if lead and ((step + 1) % a.save_every == 0 or step + 1 == a.steps):
-                fstep.save_checkpoint(checkpoints, state, keep=2)
+            if (step + 1) % a.save_every == 0 or step + 1 == a.steps:
+                fstep.save_checkpoint(checkpoints, state, mesh=mesh, keep=2)
 
-    after = show(complete(model, state.params, prompt, **sample))
+    after = show(complete(state.params, prompt, stop=stop, most=48, **where))
     say(f"{what} loss: {first:.3f} -> {evaluate(state.params, validation, **fixed):.3f}")
-    if not lead:
-        return
-    print(f"prompt:  {show(prompt)!r}\nbefore:  {before!r}\nafter:   {after!r}")
+    dtype = stored_dtype(a.model) if a.model else None
+    model.save(a.out / "model", state.params, mesh=mesh, like=a.model, dtype=dtype)
+    say(f"prompt:  {show(prompt)!r}\nbefore:  {before!r}\nafter:   {after!r}")
     if skipped := int(state.skipped):
-        print(f"{skipped} steps had gradients that were not finite and changed nothing")
-    model.save(a.out / "model", state.params, like=a.model, dtype=stored_dtype(a.model) if a.model else None)
-    print(draw_curve(metrics_file, a.out / "loss.png"))
-    print(f"model:  {a.out / 'model'} (transformers can load it)")
+        say(f"{skipped} steps had gradients that were not finite and changed nothing")
+    if lead:
+        print(draw_curve(metrics_file, a.out / "loss.png"))
+    say(f"model:  {a.out / 'model'} (transformers can load it)")
+
+
+def main() -> None:
+    """Train on the mesh that the arguments ask for."""
+    a = arguments()
+    with contextlib.ExitStack() as stack:
+        try:
+            mesh = stack.enter_context(fstep.mesh_from_env(pp=a.pp, cp=a.cp, tp=a.tp))
+        except ValueError as problem:
+            sys.exit(f"sft.py: {problem}")
+        train(a, mesh)
 
 
 if __name__ == "__main__":
     try:
-        settings = arguments()
-        with fstep.mesh_from_env() as ranks:
-            train(settings, ranks)
+        main()
     except (ConfigError, fstep.WeightsError, fstep.CheckpointError, OSError) as problem:
         sys.exit(f"sft.py: {problem}")
