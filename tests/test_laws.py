@@ -354,7 +354,8 @@ EXEMPT = {
     "Axis Mesh MeshError require_single mesh_from_env simulate": "about ranks",
     "Shard Copied Stages Place places bare cut_like": "say where a parameter lives",
     "tp_embed tp_gather tp_head_logits tp_local tp_row_linear tp_scatter tp_token_logprobs": "communicate on an axis",
-    "psum pmax pvary as_partial all_gather reduce_scatter all_to_all ppermute broadcast take_shard": "communicate on an axis",
+    "psum pmax pvary as_partial all_gather reduce_scatter all_to_all ppermute broadcast take_shard":
+        "communicate on an axis",
     "Pieces shard_params gather_params scatter_grads unshard_params fold_layers": "communicate on an axis",
     "cp_shard cp_unshard cp_gather_logprobs cp_attention divide_documents": "take an axis",
     "Schedule Action Span ScheduleStats gpipe one_f_one_b interleaved interleaved_zero_bubble zbv dualpipev stage_ranks":

@@ -59,6 +59,8 @@ def backward_halves(
             hook.remove()
     known = [(e, g) for e, g in zip(at_once.values(), grads[len(inputs) :], strict=True) if g is not None]
 
+    roots = list(outputs)  # they own the graph: of a Python function's node its edge is not an owner
+
     def weight_half() -> None:
         sides = [*beside, *known]
         for node, edges in later.items():
@@ -67,7 +69,7 @@ def backward_halves(
                 sides += [(e, g) for e, g in zip(edges, _grad(given, edges), strict=True) if g is not None]
         backward_into([e for e, _ in sides], [g for _, g in sides], leaves)
         # Nothing may keep the graph alive: the caller may hold this function for longer.
-        for held in (sides, known, beside):
+        for held in (sides, known, beside, roots):
             held.clear()
         later.clear()
         arrived.clear()

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fstep.grad.autodiff import backward_into, detach
+from fstep.grad.engine import from_function
 from fstep.grad.halves import WeightHalf, backward_halves
 from fstep.grad.messages import BACKWARD, recv_tensors, recv_tree, send_tensors, send_tree, tensors_of, with_tensors
 from fstep.grad.schedule import Action, Schedule
@@ -120,15 +121,14 @@ class Run:
             outs = self._pass_on(stage, y, m)
         if self.leaves is None:
             return
-        # Edges instead of tensors: the stage's output is free to go once it has been sent.
         kept = [o for o in outs if o.requires_grad]
         self.live[stage, m] = _Live(
             inputs,
             wanted,
-            [get_gradient_edge(o) for o in kept],
+            [_edge(o) for o in kept],
             [(tuple(o.shape), o.dtype) for o in kept],
             [torch.ones_like(o) for o in kept] if stage == self.last else None,
-            [(get_gradient_edge(s), torch.ones_like(s)) for s in sides],
+            [(_edge(s), torch.ones_like(s)) for s in sides],
         )
 
     def _pass_on(self, stage: int, y: Any, m: int) -> list[Tensor]:
@@ -187,6 +187,13 @@ class Run:
     def weight_half(self, stage: int, m: int) -> None:
         """Add the weights' gradients of a stage."""
         self.halves.pop((stage, m))()
+
+
+def _edge(y: Tensor) -> GradientEdge:
+    """Return where ``y`` is in the graph, which keeps the graph and not ``y``: an output may go once it has been sent."""
+    edge = get_gradient_edge(y)
+    # The node of a function written in Python does not own itself; a view's node does, and what is below it.
+    return get_gradient_edge(y.view_as(y)) if from_function(edge) else edge
 
 
 def add_up(metrics: Sequence[Metrics]) -> Metrics:

@@ -164,6 +164,8 @@ def test_nothing_of_a_step_outlives_it(f: Any) -> None:
         params = fstep.shard_params(make_params(), mesh.dp)
         _, grads = gradients(params, tokens(mesh.dp.rank, 2), layer)
         seen += [weakref.ref(t) for t in fstep.tree_leaves(grads)]
+        # Nor of a forward pass whose backward pass never comes.
+        stage(fstep.tree_map(lambda w: w.detach().requires_grad_(), params), None, tokens(mesh.dp.rank)[0], layer)
         return seen
 
     with no_collector():

@@ -250,13 +250,18 @@ PLACES: list[tuple[dict, Any]] = [
 ]
 
 
+def short(x: Any) -> str:
+    """Name an argument: the same in every process that collects the tests."""
+    return getattr(x, "__name__", getattr(x, "name", str(x)))
+
+
 def config_of(tied: bool, layers: int = 5) -> Config:
     change = {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers, "tie_word_embeddings": tied}
     return Config.from_hf({**CONFIGS["qwen3-tied-biases-mixed"].to_dict(), **change})
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("sizes", "schedule"), PLACES, ids=str)
+@pytest.mark.parametrize(("sizes", "schedule"), PLACES, ids=short)
 def test_every_param_has_its_place(sizes: dict, schedule: Any, tied: bool, tmp_path: Any) -> None:
     """Drawn, cut and loaded parts are the same numbers, make up the whole, and are written as the whole is."""
     model = Dense(config_of(tied))
@@ -284,7 +289,7 @@ def test_every_param_has_its_place(sizes: dict, schedule: Any, tied: bool, tmp_p
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("sizes", "schedule"), PLACES, ids=str)
+@pytest.mark.parametrize(("sizes", "schedule"), PLACES, ids=short)
 def test_stages_one_after_another_are_the_model(sizes: dict, schedule: Any, tied: bool) -> None:
     model, packed = Dense(config_of(tied)), pack(1)
     whole = params_of(model)
