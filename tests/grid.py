@@ -124,28 +124,37 @@ def held(whole: Tensor, place: fstep.Place) -> Tensor:
     return part if place.flat is None else part.reshape(-1)[slice(*place.flat)]
 
 
+Held = dict[str, set[Any]]
+
+
+def check_rank(rank: int, result: Any, case: Case, rtol: float = 1e-10) -> Held:
+    """Assert that what a rank has is what one process has; return which parts of which gradients those are."""
+    params, grads, metrics, after = alone(case)
+    new, got, got_metrics, got_after = result
+    for name in ("loss", "weight", "grad_norm", "nonfinite", "nll"):
+        a, b = float(got_metrics[name]), float(metrics[name])
+        assert abs(a - b) <= rtol * abs(b), f"rank {rank}: {name} is {a!r}, on one rank {b!r}"
+    assert abs(got_after - after) <= rtol * abs(after), f"rank {rank}: evaluation gives {got_after!r}, not {after!r}"
+    seen: Held = {path: set() for path in grads}
+    for what, tree, wanted in (("gradient", got, grads), ("new", new, params)):
+        for place, x in zip(fstep.places(tree), fstep.tree_leaves(tree), strict=True):
+            want = held(wanted[place.path], place)
+            # Relative to the whole leaf: a slice may be nearly zero.
+            error = float((x - want).norm() / wanted[place.path].norm().clamp(min=1e-300))
+            assert x.shape == want.shape and error <= rtol, f"rank {rank}: {what} {place.path} is off by {error:.1e}"
+            if what == "gradient":
+                seen[place.path].add((place.box, place.flat))
+    return seen
+
+
 def compare(sizes: dict[str, int], case: Case, rtol: float = 1e-10, **how: Any) -> None:
     """Assert that every leaf of every rank is that of one process, and that together they hold all of it."""
-    params, grads, metrics, after = alone(case)
-    seen: dict[str, set[Any]] = {path: set() for path in grads}
-    for rank, (new, got, got_metrics, got_after) in enumerate(fstep.simulate(lambda mesh: step(mesh, case, **how), **sizes)):
-        for name in ("loss", "weight", "grad_norm", "nonfinite", "nll"):
-            a, b = float(got_metrics[name]), float(metrics[name])
-            assert abs(a - b) <= rtol * abs(b), f"rank {rank}: {name} is {a!r}, on one rank {b!r}"
-        assert abs(got_after - after) <= rtol * abs(after), f"rank {rank}: evaluation gives {got_after!r}, not {after!r}"
-        for what, tree, wanted in (("gradient", got, grads), ("new", new, params)):
-            for place, x in zip(fstep.places(tree), fstep.tree_leaves(tree), strict=True):
-                want = held(wanted[place.path], place)
-                # Relative to the whole leaf: a slice may be nearly zero.
-                error = float((x - want).norm() / wanted[place.path].norm().clamp(min=1e-300))
-                assert x.shape == want.shape and error <= rtol, f"rank {rank}: {what} {place.path} is off by {error:.1e}"
-                if what == "gradient":
-                    seen[place.path].add((place.box, place.flat))
-    for path, parts in seen.items():
-        sizes_held = [_size(box) if flat is None else flat[1] - flat[0] for box, flat in parts]
-        assert sum(sizes_held) == grads[path].numel(), (
-            f"{path}: ranks hold {sum(sizes_held)} of {grads[path].numel()} elements"
-        )
+    results = fstep.simulate(lambda mesh: step(mesh, case, **how), **sizes)
+    found = [check_rank(rank, result, case, rtol) for rank, result in enumerate(results)]
+    for path, whole in alone(case)[1].items():
+        parts = set().union(*(seen[path] for seen in found))
+        together = sum(_size(box) if flat is None else flat[1] - flat[0] for box, flat in parts)
+        assert together == whole.numel(), f"{path}: ranks hold {together} of {whole.numel()} elements"
 
 
 def _size(box: tuple[tuple[int, int], ...]) -> int:

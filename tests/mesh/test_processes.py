@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,34 +13,17 @@ import torch
 import fstep
 from tests.mesh.cases import CASES, CHECKS, Case, check_law
 from tests.mesh.program import PATIENCE, same_everywhere
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 4
 LIMIT = 80  # seconds
 
 
 def start(name: str, folder: Path) -> tuple[list[int], list[str], list[dict[str, Any]]]:
-    """Start the ranks as torchrun would; return their exit codes, what they wrote to stderr, and what they found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(SIZE)}
-    common |= {"LOCAL_WORLD_SIZE": str(SIZE), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.mesh.program", name, str(folder)]
-    with contextlib.ExitStack() as stack:
-        ranks = []
-        for r in range(SIZE):
-            err = stack.enter_context((folder / f"{r}.err").open("w"))
-            rank = subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=err)
-            ranks.append(rank)
-            stack.callback(rank.wait)
-            stack.callback(rank.kill)
-        deadline = time.monotonic() + LIMIT
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    errors = [(folder / f"{r}.err").read_text() for r in range(SIZE)]
+    """Start the ranks; return their exit codes, what they wrote to stderr, and what they found."""
+    codes, errors = run_ranks("tests.mesh.program", [name, str(folder)], folder, size=SIZE, limit=LIMIT)
     found = [folder / f"{r}.json" for r in range(SIZE)]
-    return [rank.returncode for rank in ranks], errors, [json.loads(f.read_text()) if f.exists() else {} for f in found]
+    return codes, errors, [json.loads(f.read_text()) if f.exists() else {} for f in found]
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +12,9 @@ import pytest
 import torch
 
 import fstep
+from tests.processes import run_ranks
 from tests.state.program import SPEC, WHOLE
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60  # seconds
 
 
@@ -33,25 +28,8 @@ def victim(request: pytest.FixtureRequest) -> int:
 def folder(victim: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Start both ranks as torchrun would, and wait for them."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    common |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    with contextlib.ExitStack() as stack:
-        ranks = []
-        for r in (0, 1):
-            err = stack.enter_context((folder / f"{r}.err").open("w"))
-            env = {**common, "RANK": str(r), "LOCAL_RANK": str(r)}
-            command = [sys.executable, "-m", "tests.state.program", str(folder), str(victim)]
-            ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=err))
-            stack.callback(ranks[-1].wait)
-            stack.callback(ranks[-1].kill)
-        deadline = time.monotonic() + LIMIT
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    errors = "\n".join((folder / f"{r}.err").read_text() for r in (0, 1))
-    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL if r == victim else 0 for r in (0, 1)], errors
+    codes, said = run_ranks("tests.state.program", [str(folder), str(victim)], folder, size=2, limit=LIMIT)
+    assert codes == [-signal.SIGKILL if r == victim else 0 for r in (0, 1)], "\n".join(said)
     return folder
 
 
