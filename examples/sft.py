@@ -201,6 +201,10 @@ def arguments() -> argparse.Namespace:
         torch.zeros(1, device=a.device)
     except (RuntimeError, AssertionError) as error:
         p.error(f"--device {a.device}: {error}")
+    try:
+        fstep.stage_ranks(a.schedule, max(a.pp, 1))
+    except ValueError as error:
+        p.error(f"--schedule: {error}")
     for name in ("steps", "batch", "max_tokens", "save_every", "pp", "cp", "tp"):
         if getattr(a, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more")

@@ -327,6 +327,8 @@ def test_under_compile() -> None:
     with pytest.raises(Exception, match="cp_attention: ranks do not talk inside a compiled graph"):
         fstep.simulate(lambda mesh: f(mesh, True), cp=2)
     torch.compiler.reset()
+    if torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 holds a lock of the whole process while a broken graph runs; ranks that are threads wait")
     fstep.simulate(lambda mesh: f(mesh, False), cp=2)
 
 
