@@ -84,7 +84,7 @@ def finalize_grads(
             "torch.func transform is running); call it without donate=True, or detach what should not be differentiated"
         )
 
-    where = places(grads)
+    where, given = places(grads), leaves
     if mesh.size > 1:
         leaves = sum_gradients(leaves, where, mesh)
         total, extra = psum((total, dict(extra)), axis=mesh.over("dp", "cp"))
@@ -94,7 +94,8 @@ def finalize_grads(
         sum_norm = norm_over_mesh(leaves, where, mesh, total.den)
     else:
         sum_norm = torch.linalg.vector_norm(leaf_norms(leaves, 2))
-    own = donate or mesh.over("dp", "cp").size > 1  # sums over ranks are new tensors, which nobody else holds
+    # A sum over ranks is a new tensor, which nobody else holds; what needed none (a ZeRO piece) is still the caller's.
+    own = [donate or x is not old for x, old in zip(leaves, given, strict=True)]
     den = total.den.to(sum_norm.device, sum_norm.dtype)
     some = den != 0
     safe = torch.where(some, den, 1.0)
@@ -171,14 +172,14 @@ def _times_into(out: Tensor, g: Tensor, scale: Tensor) -> Tensor:
     return torch.mul(g, scale.to(g.device, torch.float32)[None], out=out)
 
 
-def _scale(leaves: Sequence[Tensor], scale: Tensor, donate: bool) -> list[Tensor]:
-    """Multiply every leaf by a 0-d tensor, a few launches for all of them; with ``donate`` in place."""
+def _scale(leaves: Sequence[Tensor], scale: Tensor, own: Sequence[bool]) -> list[Tensor]:
+    """Multiply every leaf by a 0-d tensor, a few launches for all of them; in place those that are our ``own``."""
     out: list[Tensor] = list(leaves)
     groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    owners = Counter((g.device, g.data_ptr()) for g in leaves) if donate else Counter()
+    owners = Counter((g.device, g.data_ptr()) for g in leaves) if any(own) else Counter()
     for i, g in enumerate(leaves):
         # autograd may return one tensor for two leaves, or an expanded one: in place these would be scaled twice.
-        in_place = donate and owners[g.device, g.data_ptr()] == 1 and not any(s == 0 for s in g.stride())
+        in_place = own[i] and owners[g.device, g.data_ptr()] == 1 and not any(s == 0 for s in g.stride())
         if g.dtype in (torch.float32, torch.float64):
             groups.setdefault((g.device, g.dtype, in_place), []).append(i)
         else:

@@ -122,6 +122,18 @@ def test_nothing_to_learn_anywhere() -> None:
         assert not any(g.any() for g in fstep.tree_leaves(grads))
 
 
+def test_what_needs_no_sum_is_the_callers_and_stays_as_it_was() -> None:
+    """ZeRO pieces arrive summed, and a shard of tp needs no sum on a mesh of tp: neither may be scaled in place."""
+
+    def run(mesh: Mesh) -> Any:
+        pieces = fstep.shard_params({"w": torch.full((6,), 3.0, dtype=F64)}, mesh.over("dp", "cp"))
+        q = Shard.cut(torch.full((4, 3), 5.0, dtype=F64), axis=mesh.tp, dim=0)
+        return assert_pure(finalize_grads, {"p": pieces, "q": q}, ratio(mesh), mesh=mesh)[0]
+
+    for sizes in ({"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2}):
+        fstep.simulate(run, **sizes)
+
+
 def test_a_frozen_stage_takes_part() -> None:
     def run(mesh: Mesh) -> Any:
         grads = {"w": torch.full((4,), 3.0, dtype=F64) if mesh.pp.rank else None}
