@@ -35,6 +35,37 @@ EIGHT: list[tuple[dict[str, int], str, dict[str, Any]]] = [
 ]
 
 
+def tree_payloads() -> str:
+    """A pipeline whose stages pass on a tree of several tensors, one of which wants no gradient."""
+
+    def stage(params: Any, x: Any, mb: Any) -> Any:
+        x = {"h": mb, "both": (mb * 2, mb.sum(-1)), "n": torch.tensor(0), "empty": mb[:0]} if x is None else x
+        h = torch.tanh(x["h"] * params["w"]) + x["both"][0]
+        return {**x, "h": h, "both": (x["both"][0] * params["w"], x["both"][1] + h.sum(-1)), "n": x["n"] + 1}
+
+    def loss(params: Any, x: Any, mb: Any) -> fstep.Ratio:
+        return fstep.Ratio(x["h"].sum() + (x["both"][1] ** 2).sum() * x["n"], torch.tensor(1.0, dtype=torch.float64))
+
+    key = fstep.Key.seed(4)
+    weights = [key.fold_in(i).normal((3,), dtype=torch.float64) for i in range(4)]
+    batch = [key.fold_in(9 + i).normal((n, 3), dtype=torch.float64) for i, n in enumerate((2, 50, 1, 7, 0, 3))]
+
+    def whole(params: Any, x: Any, mb: Any) -> Any:
+        for w in params:
+            x = stage({"w": w}, x, mb)
+        return x
+
+    value, grads = fstep.pp_forward_backward(whole, loss, weights, batch)
+    with fstep.mesh_from_env(pp=4) as mesh:
+        got = fstep.pp_forward_backward(stage, loss, {"w": weights[mesh.pp.rank]}, batch, axis=mesh.pp)
+        scores = fstep.pp_forward(stage, lambda p, x, mb: x, {"w": weights[mesh.pp.rank]}, batch, axis=mesh.pp)
+        same = torch.equal(got[0].num, value.num) and torch.equal(got[1]["w"], grads[mesh.pp.rank])
+        alone = fstep.pp_forward(whole, lambda p, x, mb: x, weights, batch)
+        for a, b in zip(fstep.tree_leaves(list(scores)), fstep.tree_leaves(list(alone)), strict=True):
+            same = same and torch.equal(a, b)
+    return "ok" if same else "different"
+
+
 def compare(runs: list[tuple[dict[str, int], str, dict[str, Any]]]) -> dict[str, str]:
     """Take a step on several meshes of the same processes, one after the other."""
     found = {}
@@ -46,6 +77,8 @@ def compare(runs: list[tuple[dict[str, int], str, dict[str, Any]]]) -> dict[str,
                 found[name_of(sizes)] = "ok"
             except AssertionError:
                 found[name_of(sizes)] = traceback.format_exc()
+    if dist.get_world_size() == 4:
+        found["tree payloads"] = tree_payloads()
     dist.destroy_process_group()
     return found
 

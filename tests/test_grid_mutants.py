@@ -27,12 +27,12 @@ def scaled(factor: float) -> Patch:
 def averaged(mp: pytest.MonkeyPatch) -> None:
     """Every rank's gradient is the mean of what the ranks have, as in a framework that averages by default."""
     real = reduce.psum
-    mp.setattr(reduce, "psum", lambda x, *, axis: real(x, axis=axis) / (axis.size if x.dim() else 1))
+    mp.setattr(reduce, "psum", lambda x, axis, title: real(x, axis, title) / (axis.size if x.dim() else 1))
 
 
 def reduced_twice(mp: pytest.MonkeyPatch) -> None:
     real = reduce.psum
-    mp.setattr(reduce, "psum", lambda x, *, axis: real(real(x, axis=axis), axis=axis) if x.dim() else real(x, axis=axis))
+    mp.setattr(reduce, "psum", lambda x, axis, title: real(real(x, axis, title) if x.dim() else x, axis, title))
 
 
 def rolled_sample(mp: pytest.MonkeyPatch) -> None:

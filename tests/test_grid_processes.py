@@ -24,7 +24,9 @@ def test_processes_take_the_step_of_one(name: str, size: int, runs: list[Any], t
     codes, errors = run_ranks("tests.grid_program", [name, str(tmp_path)], tmp_path, size=size, limit=240)
     assert codes == [0] * size, "\n".join(errors)
     for rank, found in enumerate(results(tmp_path, size)):
-        assert found == {name_of(sizes): "ok" for sizes, _, _ in runs}, f"rank {rank}: {found}"
+        assert len(found) >= len(runs) and set(found.values()) == {"ok"}, f"rank {rank}: {found}"
+        assert {name_of(sizes) for sizes, _, _ in runs} <= found.keys()
+        assert ("tree payloads" in found) == (size == 4)
 
 
 @pytest.mark.parametrize("how", ["raises", "dies"])

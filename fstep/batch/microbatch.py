@@ -75,6 +75,8 @@ def split_microbatches(
     """
     check_type("split_microbatches", "batch", batch, Docs, "what make_docs returns")
     check_type("split_microbatches", "axis", axis, Axis, "an axis of the mesh, e.g. mesh.dp")
+    for name, number in (("num", num), ("max_tokens", max_tokens), ("multiple_of", multiple_of)):
+        check_type("split_microbatches", name, number, (int, type(None)), "a whole number")
     if (num is None) == (max_tokens is None):
         raise ValueError(f"split_microbatches: num={num} and max_tokens={max_tokens}; pass exactly one of them")
     if multiple_of < 1:

@@ -21,31 +21,42 @@ NAMED: dict[str, MakeSchedule] = {
 }
 
 
-def schedule_for(function: str, schedule: ScheduleLike, ranks: int, microbatches: int) -> Schedule:
-    """Return the table for so many ranks and microbatches, or say why there is none."""
-    if isinstance(schedule, str) and schedule not in NAMED:
-        raise ValueError(
-            f"{function}: schedule {schedule!r} is unknown; pass one of {', '.join(NAMED)}, a Schedule, or a function that "
-            "makes one from the numbers of ranks and of microbatches"
-        )
-    if not isinstance(schedule, Schedule):
-        if not callable(schedule) and not isinstance(schedule, str):
-            raise TypeError(f"{function}: schedule is a {type(schedule).__name__}; pass a name, a Schedule or a function")
-        made = _made(schedule, ranks, microbatches)
+# The same stages on the same ranks, for any number of microbatches: what an evaluation runs.
+FORWARD: dict[str, MakeSchedule] = {**NAMED, "dualpipev": zbv}
+
+
+def schedule_for(function: str, schedule: ScheduleLike, ranks: int, microbatches: int, *, forward: bool = False) -> Schedule:
+    """Return the table for so many ranks and microbatches, with or without backward passes, or say why there is none."""
+    if callable(schedule) and not isinstance(schedule, Schedule):
+        # One of ours is as good as its name, under which its tables are kept.
+        schedule = next((name for name, make in NAMED.items() if make is schedule), schedule)
+    if isinstance(schedule, str):
+        if schedule not in NAMED:
+            raise ValueError(
+                f"{function}: schedule {schedule!r} is unknown; pass one of {', '.join(NAMED)}, a Schedule, or a function "
+                "that makes one from the numbers of ranks and of microbatches"
+            )
+        return _made(schedule, ranks, microbatches, forward)
+    if callable(schedule) and not isinstance(schedule, Schedule):
+        made = schedule(ranks, microbatches)
         check_type(function, "what schedule returned", made, Schedule, "a function that returns a Schedule")
         schedule = made
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"{function}: schedule is a {type(schedule).__name__}; pass a name, a Schedule or a function")
     if (len(schedule.actions), schedule.microbatches) != (ranks, microbatches):
         raise ValueError(
             f"{function}: schedule {schedule.name!r} is for {len(schedule.actions)} ranks and {schedule.microbatches} "
             f"microbatches, and there are {ranks} and {microbatches}; make it for these"
         )
-    return schedule
+    return schedule.forward_only() if forward else schedule
 
 
 @lru_cache(maxsize=64)
-def _made(schedule: str | MakeSchedule, ranks: int, microbatches: int) -> Schedule:
+def _made(name: str, ranks: int, microbatches: int, forward: bool) -> Schedule:
     # Making and checking a table takes milliseconds, and every step asks for the same one.
-    return (NAMED[schedule] if isinstance(schedule, str) else schedule)(ranks, microbatches)
+    if forward:
+        return FORWARD[name](ranks, microbatches).forward_only()
+    return NAMED[name](ranks, microbatches)
 
 
 def stage_ranks(schedule: ScheduleLike, ranks: int) -> tuple[int, ...]:

@@ -7,15 +7,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fstep.grad.remat import Rematerialised
+
 
 def from_function(y: Tensor | GradientEdge) -> bool:
     """Say whether an edge points at a `torch.autograd.Function`."""
     return isinstance(y, GradientEdge) and isinstance(y.node, torch.autograd.function.BackwardCFunction)
+
+
+def in_one_piece(node: Any) -> bool:
+    """Say whether what a node stands for would be computed again, or not at all, if its backward pass came twice."""
+    # torch.compile frees what it saved; remat computes its block again for every pass through it.
+    return node.name() in ("CompiledFunctionBackward", f"{Rematerialised.__name__}Backward")
 
 
 def run_engine(

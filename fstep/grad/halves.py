@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fstep.grad.autodiff import backward_into
-from fstep.grad.engine import from_function, run_engine
+from fstep.grad.engine import from_function, in_one_piece, run_engine
 
 Node = Any
 WeightHalf = Callable[[], None]
@@ -28,9 +28,13 @@ def backward_halves(
     """Return the gradients of ``inputs``, and a function that adds those of ``leaves`` to their ``.grad``.
 
     ``inputs`` and ``leaves`` are leaves of the graph. What cannot be put off is computed at once and added later: the
-    gradients of a function of the user's own, which come in one piece, and of a weight used by several operations.
+    gradients of a function of the user's own, which come in one piece, and of a weight used by several operations. Where
+    a part of the graph is compiled or rematerialised, all of it is computed at once, and nothing is left for later.
     """
     order, line = _line(outputs, inputs)
+    if any(in_one_piece(node) for node in order):
+        backward_into(outputs, cotangents, [*leaves, *inputs])
+        return [x.grad for x in inputs], lambda: None
     branches = {node: [e for e in _edges(node) if e.node not in line] for node in order if node in line}
     users: dict[tuple[Node, int], int] = {}
     for edges in branches.values():

@@ -39,8 +39,7 @@ RunLoss = Callable[[Any, int], tuple[Ratio, Metrics]]
 class _Live:
     """A microbatch between its forward and its backward pass: where the graph begins and ends."""
 
-    inputs: list[Tensor]
-    wanted: list[bool]  # for each tensor received: whether its sender wants the gradient
+    inputs: list[Tensor]  # what was received and wants a gradient
     outputs: list[GradientEdge]
     likes: list[tuple[tuple[int, ...], torch.dtype]]  # of the outputs' gradients
     cotangents: list[Tensor] | None  # None: they come from the next stage
@@ -96,10 +95,14 @@ class Run:
         rank = self.schedule.rank_of[stage]
         return None if rank == self.axis.rank else rank
 
+    def _what(self, stage: int, m: int) -> str:
+        """Name a message, so that ranks which follow different tables find out."""
+        return f"microbatch {m} of {self.schedule.microbatches} from stage {stage} of {self.schedule.stages}"
+
     def _receive(self, stage: int, m: int) -> tuple[Any, list[bool]]:
         src = self._elsewhere(stage - 1)
         if src is not None:
-            return recv_tree(src, self.axis, self.device)
+            return recv_tree(self._what(stage - 1, m), src, self.axis, self.device)
         x = self.handed.pop(Action("F", stage - 1, m))
         return detach(x), [t.requires_grad for t in tensors_of(x)]
 
@@ -124,7 +127,6 @@ class Run:
         kept = [o for o in outs if o.requires_grad]
         self.live[stage, m] = _Live(
             inputs,
-            wanted,
             [_edge(o) for o in kept],
             [(tuple(o.shape), o.dtype) for o in kept],
             [torch.ones_like(o) for o in kept] if stage == self.last else None,
@@ -140,7 +142,7 @@ class Run:
             self.handed[Action("F", stage, m)] = y
         else:
             self._make_room()
-            self.sent.append(send_tree(y, dst, self.axis))
+            self.sent.append(send_tree(y, self._what(stage, m), dst, self.axis))
         return tensors_of(y)
 
     def _cotangents(self, stage: int, m: int, live: _Live) -> tuple[list[GradientEdge], list[Tensor]]:

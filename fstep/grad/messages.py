@@ -48,17 +48,22 @@ def with_tensors(tree: Any, tensors: Sequence[Tensor | None]) -> Any:
     return tree_map(lambda x: next(new) if isinstance(x, Tensor) else x, tree)
 
 
-def send_tree(tree: Any, dst: int, axis: Axis) -> list[Pending[Any]]:
+def send_tree(tree: Any, what: str, dst: int, axis: Axis) -> list[Pending[Any]]:
     """Send a tree forward, its tensors detached; the tree must not change before everything returned was waited for."""
     line = transport("pp_forward_backward", axis)
-    pending = [line.send_note(tree_map(_outline, tree), dst, channel=FORWARD)]
+    pending = [line.send_note((what, tree_map(_outline, tree)), dst, channel=FORWARD)]
     return pending + send_tensors(tensors_of(tree), dst, axis, FORWARD)
 
 
-def recv_tree(src: int, axis: Axis, device: torch.device) -> tuple[Any, list[bool]]:
+def recv_tree(what: str, src: int, axis: Axis, device: torch.device) -> tuple[Any, list[bool]]:
     """Receive a tree, and for each of its tensors whether the sender wants its gradient."""
     line = transport("pp_forward_backward", axis)
-    note = line.recv_note(src, channel=FORWARD).wait()
+    sent, note = line.recv_note(src, channel=FORWARD).wait()
+    if sent != what:
+        raise ValueError(
+            f"pp_forward_backward: rank {src} of axis {axis.name!r} sends {sent} and rank {axis.rank} expects {what}; give "
+            "all ranks of the axis the same number of microbatches and the same schedule"
+        )
     leaves = tree_leaves(note)
     outlines = [x for x in leaves if isinstance(x, Outline)]
     tensors = iter(recv_tensors([(o.shape, o.dtype) for o in outlines], src, axis, FORWARD, device))
@@ -103,18 +108,25 @@ def gather_notes(note: Any, axis: Axis) -> list[Any]:
     return list(tell_all([note, *(line.recv_note(r, channel=FORWARD).wait() for r in range(1, axis.size))], 0, axis))
 
 
-def sum_ratios(own: Mapping[str, Ratio], stage_of: Mapping[str, int], axis: Axis, device: torch.device) -> dict[str, Ratio]:
+def sum_ratios(
+    own: Mapping[str, Ratio], stage_of: Mapping[str, int], leaves: int, axis: Axis, device: torch.device
+) -> dict[str, Ratio]:
     """Add up ratios by name over the ranks, each of which may have others; all get all of them, and the same bits.
 
     A name of ``stage_of`` is one quantity that several stages report a part of, each with the whole weight: its weights are
-    not added, but taken from the first stage.
+    not added, but taken from the first stage. ``leaves`` is how many leaves this rank trains: somebody should train one.
     """
     if axis.size == 1:
         return dict(own)
     mine = {n: (r.num.dtype, r.den.dtype, stage_of.get(n, -1)) for n, r in own.items()}
     kinds: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     first: dict[str, int] = {}
-    for theirs in gather_notes(mine, axis):
+    notes = gather_notes((leaves, mine), axis)
+    if not any(number for number, _ in notes):
+        raise ValueError(
+            "pp_forward_backward: no rank has a leaf that is trainable; `trainable` must be true for at least one path"
+        )
+    for _, theirs in notes:
         for name, (num, den, stage) in theirs.items():
             before = kinds.get(name, (num, den))
             kinds[name] = torch.promote_types(before[0], num), torch.promote_types(before[1], den)

@@ -109,7 +109,9 @@ def _add_pair(total: tuple[Ratio, Metrics] | None, pair: tuple[Ratio, Metrics]) 
     return _add(total, pair)
 
 
-def _check(function: str, params: Any, microbatches: Any, axis: Axis, schedule: ScheduleLike) -> Schedule | None:
+def _check(
+    function: str, params: Any, microbatches: Any, axis: Axis, schedule: ScheduleLike, *, forward: bool = False
+) -> Schedule | None:
     """Return the table to follow, or None where a single rank simply takes one microbatch after the other."""
     check_type(function, "axis", axis, Axis, "an axis of the mesh, e.g. mesh.pp")
     if not isinstance(microbatches, Sequence):
@@ -118,24 +120,19 @@ def _check(function: str, params: Any, microbatches: Any, axis: Axis, schedule: 
         )
     if not microbatches:
         raise ValueError(f"{function}: there are no microbatches; pass at least one")
-    alone = axis.size == 1 and not isinstance(schedule, Schedule) and not isinstance(params, Stages)
-    ranks = 1 if alone else axis.size
-    table = None if alone and callable(schedule) else schedule_for(function, schedule, ranks, _enough(alone, microbatches))
-    if table is None or alone:
+    if axis.size == 1 and not isinstance(schedule, Schedule) and not isinstance(params, Stages):
+        # A single rank needs no table, but what is no schedule is none on one rank either.
+        schedule_for(function, schedule, 1, len(microbatches), forward=True)
         return None
+    table = schedule_for(function, schedule, axis.size, len(microbatches), forward=forward)
     if is_recording(params, list(microbatches)):
         raise ValueError(
-            f"{function}: an outer derivative is being taken over a pipeline of {axis.size} ranks, which sends values and "
-            "not graphs; take it on one rank, or detach params and microbatches"
+            f"{function}: params or microbatches require grad, so an outer derivative is being taken over a pipeline of "
+            f"{axis.size} ranks, which sends values and not graphs; detach them, or take it on one rank"
         )
     if axis.size > 1:
         transport(function, axis)  # fails here, with the caller's name, for an axis nobody can talk over
     return table
-
-
-def _enough(alone: bool, microbatches: Sequence[Any]) -> int:
-    # A single rank needs no table and only checks the name; dualpipev wants two microbatches.
-    return max(2, len(microbatches)) if alone else len(microbatches)
 
 
 def _device(*trees: Any) -> torch.device:
@@ -222,6 +219,7 @@ def _run_table(
     """Follow the table; gradients are added to the params, which are private leaves. Return the loss of all ranks."""
     parts = stage_parts("pp_forward_backward", params, table, axis)
     device = _device(params, list(microbatches))
+    leaves = {stage: [x for x in tensors_of(part) if x.requires_grad] for stage, part in parts.items()}
     run = Run(
         "pp_forward_backward",
         table,
@@ -229,7 +227,7 @@ def _run_table(
         device,
         lambda stage, x, m: _run_stage(stage_fn, parts[stage], x, microbatches[m]),
         lambda x, m: _run_loss(loss_fn, parts[table.stages - 1], x, microbatches[m]),
-        {stage: [x for x in tensors_of(part) if x.requires_grad] for stage, part in parts.items()},
+        leaves,
     )
     run()
     for stage in parts:
@@ -242,11 +240,11 @@ def _run_table(
         _same_names([metrics for _, metrics in run.results])
         own |= {f"metric {name}": ratio for name, ratio in add_up([metrics for _, metrics in run.results]).items()}
         own |= add_up([{"loss": loss} for loss, _ in run.results])
-    summed = sum_ratios(own, stage_of, axis, device)
-    kinds = {
-        kind: {n.removeprefix(kind): r for n, r in summed.items() if n.startswith(kind)} for kind in ("metric ", "aux ")
-    }
-    return _join(summed["loss"], kinds["metric "], kinds["aux "])
+    summed = sum_ratios(own, stage_of, sum(map(len, leaves.values())), axis, device)
+
+    metrics = {name.removeprefix("metric "): r for name, r in summed.items() if name.startswith("metric ")}
+    aux = {name.removeprefix("aux "): r for name, r in summed.items() if name.startswith("aux ")}
+    return _join(summed["loss"], metrics, aux)
 
 
 def pp_forward(
@@ -274,11 +272,10 @@ def pp_forward(
     """
     check_callable("pp_forward", "stage_fn", stage_fn)
     check_callable("pp_forward", "fn", fn)
-    table = _check("pp_forward", params, microbatches, axis, schedule)
+    table = _check("pp_forward", params, microbatches, axis, schedule, forward=True)
     with torch.no_grad():
         if table is None:
             return tuple(fn(params, _split(stage_fn(params, None, mb))[0], mb) for mb in microbatches)
-        table = table.forward_only()
         parts = stage_parts("pp_forward", params, table, axis)
         last, device = table.stages - 1, _device(params, list(microbatches))
         run = Run(

@@ -25,6 +25,31 @@ Policy = str | Iterable[Any]
 HERE = object()  # stands where a tensor was
 
 
+class Rematerialised(torch.autograd.Function):
+    """The identity. It marks in the graph what is computed again, once for every time that backward comes by."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g
+
+
+def mark(out: Any) -> Any:
+    """Mark a result's tensors."""
+
+    def one(x: Any) -> Any:
+        return Rematerialised.apply(x) if isinstance(x, Tensor) and x.requires_grad else x  # type: ignore[no-untyped-call]
+
+    return tree_map(one, out)
+
+
 def remat(f: Callable[P, R], policy: Policy = "full") -> Callable[P, R]:
     """Return ``f`` computed again in the backward pass instead of remembered; values and gradients are the same bits.
 
@@ -78,7 +103,7 @@ def remat(f: Callable[P, R], policy: Policy = "full") -> Callable[P, R]:
             again_args, again_kwargs = tree_map(lambda x: next(rest) if x is HERE else x, shape)
             return f(*again_args, **again_kwargs)
 
-        out: R = wrap(run, *(x for x in leaves if isinstance(x, Tensor)))
+        out: R = mark(wrap(run, *(x for x in leaves if isinstance(x, Tensor))))
         return out
 
     return again

@@ -93,6 +93,11 @@ class Schedule:
     actions: tuple[tuple[Action, ...], ...]
 
     def __post_init__(self) -> None:
+        rows = self.actions if isinstance(self.actions, tuple) else ()
+        if not all(isinstance(row, tuple) and all(isinstance(a, Action) for a in row) for row in rows) or not (
+            isinstance(self.rank_of, tuple) and isinstance(self.actions, tuple)
+        ):
+            raise TypeError(f"Schedule {self.name!r}: pass rank_of as a tuple, and actions as a tuple of tuples of Action")
         if self.microbatches < 1 or not self.actions:
             raise ValueError(
                 f"Schedule {self.name!r}: {self.microbatches} microbatches, {len(self.actions)} ranks; pass 1 or more"

@@ -49,6 +49,21 @@ class Shard:
     span: Range
     of: int
 
+    def __post_init__(self) -> None:
+        check_type("Shard", "axis", self.axis, Axis, "an axis of the mesh, e.g. mesh.tp")
+        start, stop = self.span
+        shape = getattr(self.value, "shape", None)
+        if not 0 <= start <= stop <= self.of or (shape is not None and not 0 <= self.dim < len(shape)):
+            raise ValueError(
+                f"Shard: elements {self.span} of {self.of} along dim {self.dim}, of a value of shape {shape}; pass the span "
+                "that this rank holds, and a dim that the value has; or use Shard.cut"
+            )
+        if isinstance(self.value, Tensor) and self.value.shape[self.dim] != stop - start:
+            raise ValueError(
+                f"Shard: the value has {self.value.shape[self.dim]} elements along dim {self.dim}, and span {self.span} is "
+                f"{stop - start}; pass the part that the span says, or use Shard.cut"
+            )
+
     @staticmethod
     def cut(whole: Tensor, *, axis: Axis, dim: int) -> Any:
         """Return this rank's part of ``whole``, a copy; parts are even, the first ones larger by one where needed.
@@ -81,6 +96,15 @@ class Copied:
     axis: Axis
     ranks: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        check_type("Copied", "axis", self.axis, Axis, "an axis of the mesh, e.g. mesh.pp")
+        ranks = list(self.ranks)
+        if ranks != sorted(set(ranks)) or self.axis.rank not in ranks or not set(ranks) <= set(range(self.axis.size)):
+            raise ValueError(
+                f"Copied: ranks are {self.ranks}, on rank {self.axis.rank} of axis {self.axis.name!r} of size "
+                f"{self.axis.size}; pass the ranks that hold the parameter, in order, this one among them"
+            )
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -95,6 +119,8 @@ class Stages:
     parts: Mapping[int, Any]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, Mapping) or not self.parts or not all(isinstance(s, int) for s in self.parts):
+            raise TypeError(f"Stages: parts is {type(self.parts).__name__}; pass a dict of subtrees by the stages' numbers")
         seen: set[str] = set()
         for stage, part in self.parts.items():
             names = set(tree_paths(part))

@@ -244,20 +244,23 @@ class ProcessTransport(Transport):
         return self._message(f"a note of {x.numel()} bytes", x, dst, self.notes, channel)
 
     def _announced(self, src: int, channel: str, then: Callable[[str], Tensor]) -> Pending[Any]:
-        """Receive through gloo: first the text, then the bytes that ``then`` makes room for."""
-        tag, action = 1 + check_channel(self.name, channel), f"recv (channel {channel!r}) from {self._label(src)}"
-        text = torch.empty(TEXT, dtype=torch.uint8)
-        with self.explain(action):
-            first = self._fetch(text, src, self.notes, tag)
+        """Receive through gloo: first the text, then the bytes that ``then`` makes room for.
 
-        def rest() -> Tensor:
+        Nothing is posted before `wait`: the text of a second message would take the bytes of the first.
+        """
+        tag, action = 1 + check_channel(self.name, channel), f"recv (channel {channel!r}) from {self._label(src)}"
+
+        def receive() -> Tensor:
+            text = torch.empty(TEXT, dtype=torch.uint8)
+            with self.explain(action):
+                self._fetch(text, src, self.notes, tag).wait()
             out = then(read_text(text))
             if out.numel():
                 with self.explain(action):
                     self._fetch(as_bytes(out), src, self.notes, tag).wait()
             return out
 
-        return Working(functools.partial(self.explain, action), [first], text, rest)
+        return Working(functools.partial(self.explain, action), [], None, receive)
 
     def _expect(self, src: int, channel: str, expected: str, sent: str) -> MeshError:
         return MeshError(

@@ -103,6 +103,7 @@ def _settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Take the caller's thread-local settings of torch along into another thread."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     device = torch.get_default_device()
+    casts = {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -112,6 +113,8 @@ def _settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
             stack.enter_context(torch.set_grad_enabled(grad))
             # The backward pass of GPU tensors would run in one thread for all ranks, and the first to wait stop it.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            for kind, dtype in casts.items():
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
             if device.type != "cpu":  # a default device costs time in every operation
                 stack.enter_context(device)
             if gpu is not None:

@@ -87,7 +87,10 @@ class Transport(Protocol):
         ...
 
     def recv(self, src: int, shape: Sequence[int], dtype: torch.dtype, *, channel: str) -> Pending[Tensor]:
-        """Receive the next tensor from ``src``, whose shape and dtype the receiver knows. NCCL does not check them."""
+        """Receive the next tensor from ``src``, whose shape and dtype the receiver knows. NCCL does not check them.
+
+        Several receives from one rank may be started; they are waited for in that order.
+        """
         ...
 
     def send_note(self, note: Any, dst: int, *, channel: str) -> Pending[None]:

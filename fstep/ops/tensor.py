@@ -139,9 +139,14 @@ def part_of(function: str, weight: Any, axis: Axis, *, dim: int) -> tuple[Tensor
         return weight, (0, weight.shape[dim]), weight.shape[dim]
     if not isinstance(weight, Shard) or weight.axis.ranks != axis.ranks or weight.dim != dim:
         is_cut = f"is cut along dim {weight.dim} over {weight.axis}" if isinstance(weight, Shard) else "is not cut"
+        fix = f"pass Shard.cut(weight, axis=axis, dim={dim}), as model.part(params, mesh=mesh) does"
+        if isinstance(weight, Shard) and axis.size == 1:
+            fix = "give this call the mesh or axis that the weight is cut over, as with mesh=mesh"
+        raise ValueError(f"{function}: weight {is_cut}, and axis {axis.name!r} has size {axis.size}; {fix}")
+    if weight.of < axis.size:
         raise ValueError(
-            f"{function}: weight {is_cut}, and axis {axis.name!r} has size {axis.size}; pass "
-            f"Shard.cut(weight, axis=axis, dim={dim}), as model.part(params, mesh=mesh) does"
+            f"{function}: weight has length {weight.of} along dim {dim}, less than the {axis.size} ranks of axis "
+            f"{axis.name!r}, so that some have none of it; use {weight.of} ranks or fewer"
         )
     return weight.value, weight.span, weight.of
 
@@ -157,12 +162,12 @@ def tp_local(tree: Any, *, axis: Axis) -> Any:
     >>> import torch, fstep
     >>> def loss(w, mesh):
     ...     p = fstep.tp_local(w, axis=mesh.tp)
-    ...     return fstep.psum((mesh.tp.rank + 1) * p["norm"] + p["q"], axis=mesh.tp)
+    ...     return fstep.psum((mesh.tp.rank + 1) * p["norm"] + p["q"].sum(), axis=mesh.tp)
     >>> def f(mesh):
-    ...     w = {"norm": torch.tensor(1.0), "q": fstep.Shard(torch.tensor(1.0), mesh.tp, 0, (0, 1), 2)}
+    ...     w = {"norm": torch.tensor(1.0), "q": fstep.Shard.cut(torch.ones(2), axis=mesh.tp, dim=0)}
     ...     return fstep.value_and_grad(loss)(w, mesh)[1]
     >>> [(g["norm"], g["q"].value) for g in fstep.simulate(f, tp=2)]
-    [(tensor(3.), tensor(1.)), (tensor(3.), tensor(1.))]
+    [(tensor(3.), tensor([1.])), (tensor(3.), tensor([1.]))]
     """
     if axis.size == 1:
         return tree

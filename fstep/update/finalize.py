@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fstep.mesh.axis import Mesh, require_single
-from fstep.mesh.collectives import psum
+from fstep.mesh.axis import Axis, Mesh, require_single
 from fstep.mesh.place import places
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
-from fstep.tree import check_type, tree_leaves, tree_paths, tree_replace_leaves
-from fstep.update.reduce import counted, everybody, norm_over_mesh, sum_gradients
+from fstep.tree import check_type, tree_leaves, tree_map, tree_paths, tree_replace_leaves
+from fstep.update.reduce import counted, everybody, norm_over_mesh, psum, sum_gradients
 from fstep.update.rows import leaf_norms
 
 RESERVED = ("loss", "weight", "grad_norm", "nonfinite")
@@ -45,14 +44,15 @@ def finalize_grads(
     """Turn summed gradients into the gradients of the mean loss, clipped by their global norm.
 
     ``grads`` are the gradients of ``loss.num``, summed over the microbatches, with ``None`` at frozen leaves. With
-    ``G = grads / loss.den`` and ``norm = ||G||`` over all leaves together (in float32, or in float64 if a leaf is), the
+    ``G = grads / loss.den`` and ``norm = ||G||`` over all leaves together (in float32, or in float64 if a leaf is; on a mesh
+    in the dtype of the loss), the
     result is ``G * min(1, max_norm / (norm + 1e-6))``, which is `torch.nn.utils.clip_grad_norm_` of the mean.
 
     Returns the gradients, each in its own dtype, and metrics as 0-d tensors: ``loss`` (the mean), ``weight`` (the
     denominator), ``grad_norm`` (before clipping), ``nonfinite`` (0. or 1.), and the mean of each extra ratio of
     ``(Ratio, {name: Ratio})``. If ``den`` is 0 the gradients and the loss are 0; if the norm is not finite every
     gradient is NaN, and an optimizer skips the step. Nothing waits for the device. Outer derivatives and `vmap` go
-    through. ``donate=True`` writes the result into the memory of ``grads``.
+    through. ``donate=True`` writes the result into the memory of ``grads``, where no sum over ranks has made new tensors.
 
     Every rank of the mesh calls this. ``loss`` and ``grads`` are *partial sums* over ``mesh.dp`` and ``mesh.cp``: what each
     rank computed from its own tokens, maybe none. Here they are added up, once, and with them the gradients of a `Copied`
@@ -87,9 +87,12 @@ def finalize_grads(
     where, given = places(grads), leaves
     if mesh.size > 1:
         leaves = sum_gradients(leaves, where, mesh)
-        total, extra = psum((total, dict(extra)), axis=mesh.over("dp", "cp"))
+        total, extra = _sum_ratios(total, extra, mesh.over("dp", "cp"))
     if recording:
-        sum_norm = _root(psum(_squares(counted(leaves, where, mesh), total.den), axis=everybody(mesh)))
+        mine = _squares(counted(leaves, where, mesh), total.den)
+        if mesh.size > 1:  # the ranks' own leaves may differ in dtype
+            mine = mine.to(torch.promote_types(total.den.dtype, torch.float32))
+        sum_norm = _root(psum(mine, everybody(mesh), "psum of the norm"))
     elif mesh.size > 1:
         sum_norm = norm_over_mesh(leaves, where, mesh, total.den)
     else:
@@ -144,6 +147,14 @@ def _leaves(grads: Any, mesh: Mesh) -> list[Tensor]:
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(f"finalize_grads: the gradient {path!r} is {kind}; pass floating-point tensors or None")
     return leaves
+
+
+def _sum_ratios(total: Ratio, extra: Mapping[str, Ratio], axis: Axis) -> tuple[Ratio, dict[str, Ratio]]:
+    """Add up the loss and the other ratios; ranks that name others, or in another order, find out here."""
+    names, ratios = ["loss", *sorted(extra)], [total, *(extra[n] for n in sorted(extra))]
+    title = f"psum of {', '.join(names)}"
+    summed = {n: tree_map(lambda x: psum(x, axis, title), r) for n, r in zip(names, ratios, strict=True)}
+    return summed.pop("loss"), {n: summed[n] for n in extra}
 
 
 def _squares(leaves: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ All of it is read off the params tree, by `places`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from fstep.mesh import exchange
 from fstep.mesh.axis import Axis, Mesh
-from fstep.mesh.collectives import psum
-from fstep.mesh.exchange import transport
 from fstep.mesh.place import Copied, Place
 from fstep.update.rows import leaf_norms
 
@@ -40,11 +40,14 @@ def sum_gradients(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh)
             if axis.size > 1:
                 members = groups[names]
                 for bucket in _buckets([out[i] for i in members]):
-                    for j, x in zip(bucket, _sum_flat([out[members[j]] for j in bucket], axis), strict=True):
-                        out[members[j]] = x
-    for i, place in enumerate(places):
-        if place.copies is not None:
-            out[i] = _sum_copies(out[i], place.copies)
+                    chosen = [members[j] for j in bucket]
+                    summed = _sum_flat([out[i] for i in chosen], [places[i].path for i in chosen], axis)
+                    for i, x in zip(chosen, summed, strict=True):
+                        out[i] = x
+    # By name: where a rank has several stages, the order of its leaves is its own.
+    for i in sorted(range(len(places)), key=lambda i: places[i].path):
+        if (copies := places[i].copies) is not None:
+            out[i] = _sum_copies(out[i], copies)
     return out
 
 
@@ -62,12 +65,21 @@ def _buckets(leaves: Sequence[Tensor]) -> Iterator[list[int]]:
     yield from open_buckets.values()
 
 
-def _sum_flat(leaves: Sequence[Tensor], axis: Axis) -> list[Tensor]:
+def _sum_flat(leaves: Sequence[Tensor], names: Sequence[str], axis: Axis) -> list[Tensor]:
+    """Add up some leaves in one message, whose title lets ranks see whether they mean the same leaves."""
+    title = f"psum of the gradients {names[0]!r} to {names[-1]!r} ({zlib.crc32('|'.join(names).encode()):08x})"
     if len(leaves) == 1:
-        return [psum(leaves[0], axis=axis)]
-    flat = psum(torch.cat([x.reshape(-1) for x in leaves]), axis=axis)
-    parts = flat.split([x.numel() for x in leaves])
+        return [psum(leaves[0], axis, title)]
+    flat = psum(torch.cat([x.reshape(-1) for x in leaves]), axis, title)
+    parts = torch.split_with_sizes(flat, [x.numel() for x in leaves])
     return [part.view(x.shape) for part, x in zip(parts, leaves, strict=True)]
+
+
+def psum(x: Tensor, axis: Axis, title: str) -> Tensor:
+    """Add up over an axis under a title that the ranks compare."""
+    if axis.size == 1:
+        return x
+    return exchange.psum(x if torch.is_grad_enabled() else x.detach(), axis, title)
 
 
 def _sum_copies(x: Tensor, copies: Copied) -> Tensor:
@@ -76,7 +88,7 @@ def _sum_copies(x: Tensor, copies: Copied) -> Tensor:
         raise ValueError(
             "finalize_grads: an outer derivative is being taken through a parameter that several stages hold; detach grads"
         )
-    line, me = transport("finalize_grads", copies.axis), copies.ranks.index(copies.axis.rank)
+    line, me = exchange.transport("finalize_grads", copies.axis), copies.ranks.index(copies.axis.rank)
     up, down = copies.ranks[me + 1 : me + 2], copies.ranks[:me][-1:]
     # Up along the copies and back: two ranks that both send first would wait for each other.
     total = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
@@ -93,7 +105,7 @@ def _sum_copies(x: Tensor, copies: Copied) -> Tensor:
 
 
 def norm_over_mesh(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh, like: Tensor) -> Tensor:
-    """Return the norm of all parameters' gradients together, in float32, or float64 if a leaf is; the same on all ranks.
+    """Return the norm of all parameters' gradients together, in float32 or the dtype of ``like``; the same on all ranks.
 
     The squares are added in float64, so that a float32 norm does not depend on how parameters are cut.
     """
@@ -101,8 +113,8 @@ def norm_over_mesh(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh
     square = torch.zeros((), dtype=torch.float64, device=like.device)
     if mine:
         square = leaf_norms(mine, 2, dtype=torch.float64).to(like.device).square().sum()
-    wide = torch.float64 if any(x.dtype == torch.float64 for x in leaves or [like]) else torch.float32
-    return psum(square, axis=everybody(mesh)).sqrt().to(wide)
+    wide = torch.promote_types(like.dtype, torch.float32)  # of the loss: the ranks' own leaves may differ
+    return psum(square, everybody(mesh), "psum of the norm").sqrt().to(wide)
 
 
 def counted(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh) -> list[Tensor]:

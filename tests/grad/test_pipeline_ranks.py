@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -295,7 +297,7 @@ def test_names_of_metrics_and_auxiliary_losses_may_not_meet() -> None:
 
 def test_an_outer_derivative_is_refused() -> None:
     params = fstep.tree_map(lambda x: x.requires_grad_() if x.is_floating_point() else x, whole())
-    with pytest.raises(ValueError, match="pp_forward_backward: an outer derivative is being taken over a pipeline of 2"):
+    with pytest.raises(ValueError, match=r"pp_forward_backward: params or microbatches require grad, .* a pipeline of 2"):
         pipelined("1f1b", 2, params, batches(RAGGED[:2]))
 
 
@@ -306,3 +308,93 @@ def test_few_messages_are_held(name: str, ranks: int) -> None:
     table = NAMED[name](ranks, 4 * ranks)
     assert send_window(table.forward_only()) <= ranks + 2
     assert send_window(table) <= 2 * ranks + 2
+
+
+@pytest.mark.parametrize("schedule", [s for s in NAMED if s != "gpipe"])
+def test_rematerialised_stages_are_computed_twice_and_no_more(schedule: str) -> None:
+    """Whatever the schedule makes of the backward pass, a block runs once forward and once more."""
+    params, mbs = whole(), batches(RAGGED[:4])
+    (want, _), want_grads = alone(params, mbs)
+    calls: list[int] = []
+
+    def block(p: Params, h: Tensor) -> Tensor:
+        calls.append(1)
+        return h + torch.tanh(h @ p["a"].T + p["b"]) @ p["c"] * p["s"] + 0.1 * p["s"]
+
+    again = fstep.remat(block)
+
+    def rematerialised(params: Params, x: Any, mb: Any) -> Any:
+        x = stage({**params, "layers": {}}, x, mb)
+        h = x["h"]
+        for i in sorted(params["layers"]):
+            h = again(params["layers"][i], h)
+        return {**x, "h": h, "count": x["count"] + len(params["layers"])}
+
+    results = pipelined(schedule, 2, params, mbs, rematerialised)
+    assert len(calls) == 2 * LAYERS * len(mbs)
+    assert all(torch.equal(got.num, want.num) for (got, _), _ in results)
+    got = gradients(results)
+    assert all(torch.equal(got[path], want_grads[path]) for path in want_grads)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_compiled_stages(schedule: str) -> None:
+    params, mbs = whole(), batches((5, 5, 5, 5))
+    _, want = alone(params, mbs)
+    torch.compiler.reset()
+
+    @torch.compile(backend="aot_eager")
+    def block(p: Params, h: Tensor) -> Tensor:
+        return h + torch.tanh(h @ p["a"].T + p["b"]) @ p["c"] * p["s"] + 0.1 * p["s"]
+
+    def compiled(params: Params, x: Any, mb: Any) -> Any:
+        x = stage({**params, "layers": {}}, x, mb)
+        h = x["h"]
+        for i in sorted(params["layers"]):
+            h = block(params["layers"][i], h)
+        return {**x, "h": h, "count": x["count"] + len(params["layers"])}
+
+    assert_trees_close(gradients(pipelined(schedule, 2, params, mbs, compiled)), want, rtol=1e-12, atol=1e-14)
+
+
+def test_an_evaluation_may_have_fewer_microbatches_than_training() -> None:
+    params, mbs = whole(), batches((5,))
+    want = fstep.pp_forward(stage, lambda p, x, mb: x["h"], params, mbs)
+
+    def run(mesh: Mesh) -> Any:
+        own = part(params, fstep.stage_ranks("dualpipev", 2), mesh)
+        return fstep.pp_forward(stage, lambda p, x, mb: x["h"], own, mbs, axis=mesh.pp, schedule="dualpipev")
+
+    assert all(torch.equal(got[0], want[0]) for got in fstep.simulate(run, pp=2))
+
+
+def test_a_predicate_that_chooses_nothing_anywhere_says_so() -> None:
+    with pytest.raises(ValueError, match="no rank has a leaf that is trainable"):
+        pipelined("1f1b", 2, whole(), batches(RAGGED[:2]), trainable=lambda path: "lora" in path)
+
+
+def test_ranks_with_different_microbatches_say_so() -> None:
+    def run(mesh: Mesh) -> Any:
+        own = part(whole(), (0, 1), mesh)
+        return fstep.pp_forward_backward(stage, loss, own, batches(RAGGED[: 2 + mesh.pp.rank]), axis=mesh.pp)
+
+    with pytest.raises(
+        ValueError, match=r"rank 0 of axis 'pp' sends microbatch 0 of 2 .* and rank 1 expects microbatch 0 of 3"
+    ):
+        fstep.simulate(run, pp=2)
+
+
+def test_a_function_that_makes_schedules_is_not_kept() -> None:
+    class Something:
+        pass
+
+    held = Something()
+    seen = weakref.ref(held)
+
+    def table(ranks: int, number: int, held: Something = held) -> Schedule:
+        return fstep.one_f_one_b(ranks, number)
+
+    pipelined(table, 2, whole(), batches(RAGGED[:2]))
+    del held, table
+    gc.collect()
+    assert seen() is None

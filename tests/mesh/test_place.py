@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
@@ -11,9 +13,9 @@ from fstep import Copied, Mesh, Shard, Stages, bare, places
 
 
 def params(mesh: Mesh) -> dict:
-    embed = torch.arange(10.0).reshape(5, 2)
+    embed = Shard.cut(torch.arange(10.0).reshape(5, 2), axis=mesh.tp, dim=0)
     return {
-        "embed": Copied(Shard.cut(embed, axis=mesh.tp, dim=0), mesh.pp, ranks=(0, 1)),
+        "embed": Copied(embed, mesh.pp, ranks=(0, 1)) if mesh.pp.size > 1 else embed,
         "parts": Stages({3: {"layers": {3: {"o": Shard.cut(torch.ones(2, 4), axis=mesh.tp, dim=-1)}}},
                          0: {"layers": {0: {"norm": torch.ones(2)}}}}),
     }  # fmt: skip
@@ -75,3 +77,23 @@ def test_even_spans_cover_everything_once(length: int) -> None:
     assert [i for a, b in spans for i in range(a, b)] == list(range(length))
     sizes = [b - a for a, b in spans]
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda m: Shard(torch.ones(2, 3), m.tp, 0, (0, 3), 4),
+            r"Shard: the value has 2 elements along dim 0, and span \(0, 3\)",
+        ),
+        (lambda m: Shard(torch.ones(2), m.tp, 1, (0, 2), 4), r"Shard: .* along dim 1, of a value of shape"),
+        (lambda m: Shard(torch.ones(2), m.tp, 0, (3, 5), 4), r"Shard: elements \(3, 5\) of 4"),
+        (lambda m: Copied(torch.ones(2), m.tp, (1,)), r"Copied: ranks are \(1,\), on rank 0 of axis 'tp' of size 2"),
+        (lambda m: Copied(torch.ones(2), m.tp, (0, 0)), "Copied: ranks are"),
+        (lambda m: Stages([1, 2]), "Stages: parts is list; pass a dict"),
+        (lambda m: Stages({}), "Stages: parts is dict; pass a dict"),
+    ],
+)
+def test_nodes_that_cannot_be(make: Callable[[Mesh], object], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        fstep.simulate(make, tp=2)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fstep
 from fstep import Axis, Mesh, MeshError
@@ -64,6 +65,53 @@ def test_a_backward_pass_runs_in_its_ranks_thread() -> None:
     """On GPU tensors torch would use one thread for all ranks, and the first to wait there would stop the others."""
     assert fstep.simulate(lambda mesh: torch._C._is_multithreading_enabled(), dp=2) == [False, False]
     assert torch._C._is_multithreading_enabled()
+
+
+class Watched(TorchDispatchMode):
+    """Lists the operations of its thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+EXCHANGES: dict[str, Callable[[Axis, torch.Tensor], Any]] = {
+    "psum": lambda axis, x: fstep.psum(x, axis=axis),
+    "pmax": lambda axis, x: fstep.pmax(x, axis=axis),
+    "all_gather": lambda axis, x: fstep.all_gather(x, axis=axis, grad="sum"),
+    "reduce_scatter": lambda axis, x: fstep.reduce_scatter(x, axis=axis),
+    "all_to_all": lambda axis, x: fstep.all_to_all(x, axis=axis, split_dim=0, concat_dim=1),
+    "ppermute": lambda axis, x: fstep.ppermute(x, 1, axis=axis),
+    "broadcast": lambda axis, x: fstep.broadcast(x, axis=axis, src=1, grad="sum"),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_what_a_rank_does_is_not_another_ranks(name: str) -> None:
+    """The last to arrive has done no more than the others: whoever it is, a count of operations is the rank's own."""
+
+    def f(mesh: Mesh) -> list[str]:
+        x = torch.ones(3, 2)
+        with Watched() as watched:
+            EXCHANGES[name](mesh.dp, x)
+        return watched.ops
+
+    first, *others = fstep.simulate(f, dp=3)
+    assert first and all(ops == first for ops in others)
+
+
+def test_an_exchange_in_no_ranks_thread_raises_in_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("fstep.mesh.threads.combine", full)
+    with pytest.raises(MemoryError, match="no room") as caught:
+        fstep.simulate(lambda mesh: psum(mesh.dp), dp=2)
+    assert caught.value.__notes__ == ["raised by rank 1 (dp 1) of simulate"]
 
 
 def test_fifty_ranks_leave_nothing_behind() -> None:
@@ -407,3 +455,12 @@ def test_refuses_sizes() -> None:
     for bad in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match=f"simulate: tp is {bad!r}; pass a number of ranks, 1 or more"):
             fstep.simulate(lambda mesh: None, tp=bad)
+
+
+def test_autocast_goes_along() -> None:
+    def f(mesh: fstep.Mesh) -> torch.dtype:
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fstep.simulate(f, dp=2) == [torch.bfloat16] * 2
+    assert fstep.simulate(f, dp=2) == [torch.float32] * 2

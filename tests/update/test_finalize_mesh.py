@@ -122,6 +122,42 @@ def test_nothing_to_learn_anywhere() -> None:
         assert not any(g.any() for g in fstep.tree_leaves(grads))
 
 
+def test_copies_meet_by_name_whatever_the_order_of_a_ranks_stages() -> None:
+    def run(mesh: Mesh) -> Any:
+        def copy(x: float) -> Copied:
+            return Copied(torch.full((2,), x, dtype=F64), mesh.pp, (0, 1))
+
+        a, b = {"a": copy(1.0 + mesh.pp.rank)}, {"b": copy(10.0 + 10 * mesh.pp.rank)}
+        grads = fstep.Stages({0: a, 3: b} if mesh.pp.rank == 0 else {1: b, 2: a})
+        one = torch.ones((), dtype=F64)
+        out = finalize_grads(grads, Ratio(one, one), mesh=mesh)[0]
+        return dict(zip(fstep.tree_paths(out), [x.tolist() for x in fstep.tree_leaves(out)], strict=True))
+
+    assert fstep.simulate(run, pp=2) == [{"a": [3.0, 3.0], "b": [30.0, 30.0]}] * 2
+
+
+@pytest.mark.parametrize("what", ["gradients", "metrics"])
+def test_ranks_that_mean_different_leaves_find_out(what: str) -> None:
+    def run(mesh: Mesh) -> Any:
+        one = torch.ones((), dtype=F64)
+        mine = "aa" if mesh.rank else "bb"
+        grads = {mine if what == "gradients" else "w": one, "z": one}
+        return finalize_grads(grads, (Ratio(one, one), {mine if what == "metrics" else "m": Ratio(one, one)}), mesh=mesh)
+
+    with pytest.raises(fstep.MeshError, match=r"rank 1 \(dp 1\) calls psum of .*aa.* and rank 0 \(dp 0\) calls psum of .*bb"):
+        fstep.simulate(run, dp=2)
+
+
+def test_stages_of_different_dtypes_agree_on_the_norm() -> None:
+    def run(mesh: Mesh) -> Any:
+        grads = {"w": torch.full((3,), 1.1, dtype=F64 if mesh.pp.rank else torch.float32)}
+        one = torch.ones((), dtype=torch.float32)
+        return finalize_grads(grads, Ratio(one, 3 * one), mesh=mesh, max_norm=0.1)[1]["grad_norm"]
+
+    first, second = fstep.simulate(run, pp=2)
+    assert first.dtype == second.dtype == torch.float32 and torch.equal(first, second)
+
+
 def test_what_needs_no_sum_is_the_callers_and_stays_as_it_was() -> None:
     """ZeRO pieces arrive summed, and a shard of tp needs no sum on a mesh of tp: neither may be scaled in place."""
 
@@ -160,9 +196,9 @@ def test_many_small_leaves_are_summed_in_few_messages(monkeypatch: pytest.Monkey
     calls: list[int] = []
     real = reduce.psum
 
-    def counting(x: Any, *, axis: Any) -> Any:
+    def counting(x: Any, axis: Any, title: str) -> Any:
         calls.append(x.numel())
-        return real(x, axis=axis)
+        return real(x, axis, title)
 
     monkeypatch.setattr(reduce, "psum", counting)
     fstep.simulate(run, dp=2)
@@ -183,7 +219,7 @@ def test_mutants_die(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real, real_counted = reduce.psum, reduce.counted
     if mutant in ("twice", "mean", "sign"):
         factor = {"twice": 2.0, "mean": 0.5, "sign": -1.0}[mutant]
-        monkeypatch.setattr(reduce, "psum", lambda x, *, axis: real(x, axis=axis) * (factor if x.dim() else 1))
+        monkeypatch.setattr(reduce, "psum", lambda x, axis, title: real(x, axis, title) * (factor if x.dim() else 1))
     if mutant == "no tie":
         monkeypatch.setattr(reduce, "_sum_copies", lambda x, copies: x)
     if mutant == "copy counted twice":
