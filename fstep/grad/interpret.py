@@ -73,13 +73,15 @@ class Run:
     def __call__(self) -> None:
         """Go through this rank's row."""
         act = {"F": self.forward, "B": self.backward, "I": self.input_half, "W": self.weight_half}
-        for action in self.schedule.actions[self.axis.rank]:
-            try:
-                act[action.kind](action.stage, action.microbatch)
-            except MeshError as error:
-                raise MeshError(f"{self.function}: at {action} of {self.schedule.name}: {error}") from error
-        while self.sent:
-            self._wait_for_oldest()
+        at: Action | str = "the start"
+        try:
+            for at in self.schedule.actions[self.axis.rank]:
+                act[at.kind](at.stage, at.microbatch)
+            at = "the end"
+            while self.sent:
+                self._wait_for_oldest()
+        except MeshError as error:
+            raise MeshError(f"{self.function}: at {at} of {self.schedule.name}: {error}") from error
 
     def _wait_for_oldest(self) -> None:
         for pending in self.sent.popleft():
