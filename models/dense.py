@@ -23,10 +23,12 @@ from torch import Tensor
 
 import fstep
 from fstep import Key, Mesh, Packed, Tied
+from fstep.ops.attention import check_method
+from fstep.ops.context import METHODS
 from fstep.ops.tensor import part_of
 from fstep_models.config import read_json, tokenizer_files
 from fstep_models.dense_config import ACTIVATIONS, Config
-from fstep_models.dense_parts import check_mesh, spec_on
+from fstep_models.dense_parts import check_mesh, check_row, spec_on
 
 Params = dict[Any, Any]
 __all__ = ["Config", "Dense", "block"]
@@ -95,6 +97,11 @@ class Dense:
     context: str = "ring"
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        if self.context not in METHODS:
+            raise ValueError(f"Dense: context {self.context!r} is unknown; pass one of {', '.join(METHODS)}")
+        check_method("Dense", "attention", self.attention)
+
     @cached_property
     def _block(self) -> Callable[..., Tensor]:
         """The block where nothing is exchanged inside."""
@@ -161,14 +168,15 @@ class Dense:
         folder: str | Path,
         params: Any,
         *,
-        mesh: Mesh = Mesh(),  # noqa: B008
+        mesh: Mesh | None = None,
         like: str | Path | None = None,
         dtype: torch.dtype | None = None,
         max_shard_bytes: int = 5_000_000_000,
     ) -> Path:
         """Write a folder that transformers loads, in ``dtype`` (by default the params' own), and return its path.
 
-        On a mesh every rank calls it with its own params, and rank 0 writes the same files as one process would.
+        On a mesh every rank calls it with its own params and ``mesh``, which may be left out in a program of one rank, and
+        rank 0 writes the same files as one process would.
         ``like`` is a model folder whose tokenizer files and config details (special tokens, ...) are kept.
         """
         config = self.config.to_hf({} if like is None else read_json(like))
@@ -186,8 +194,7 @@ class Dense:
         check_mesh("stage", mesh, self)
 
         def run(params: Params, x: Tensor | None, mb: Packed) -> Tensor:
-            if not isinstance(mb, Packed):
-                raise TypeError(f"Dense.stage: the microbatch is a {type(mb).__name__}; pass it through pack_thd first")
+            check_row("stage", mb, mesh)
             if x is None:
                 x = fstep.tp_embed(mb.tokens, fstep.gather_params(params["embed"]), axis=mesh.tp)
                 x = x if self.dtype is None else x.to(self.dtype)
@@ -195,8 +202,7 @@ class Dense:
             run_block = self._block if mesh.cp.size == mesh.tp.size == 1 else self._block_on_mesh
 
             def layer(i: int, p: Params, x: Tensor) -> Tensor:
-                if mesh.tp.size > 1:
-                    part_of(f"Dense.stage: layers.{i}.q", p["q"], mesh.tp, dim=0)
+                part_of(f"Dense.stage: layers.{i}.q", p["q"], mesh.tp, dim=0)
                 p = fstep.tp_local(p, axis=mesh.tp)
                 return run_block(p, x, cos, sin, mb.cu_seqlens_padded, mb.max_seqlen, self.config.windows[i], self, mesh)
 
@@ -266,6 +272,7 @@ class Dense:
         is replicated over it.
         """
         check_mesh("logprobs", mesh, self)
+        check_row("logprobs", mb, mesh)
         hidden, weight = self._head(params, x, mesh)
         return fstep.tp_token_logprobs(  # type: ignore[call-overload]
             hidden, weight, mb.labels, axis=mesh.tp, temperature=temperature, entropy=entropy

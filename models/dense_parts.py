@@ -14,7 +14,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from fstep import Axis, Copied, HFTensor, Mesh, Schedule, Shard, Stages, Tied, require_single, stage_ranks
+from fstep import Axis, Copied, HFTensor, Mesh, Packed, Schedule, Shard, Stages, Tied, require_single, stage_ranks
 from fstep.mesh.place import even_span
 from fstep.tree import check_type
 from fstep_models.config import ConfigError
@@ -38,8 +38,8 @@ def spec_on(config: Config, mesh: Mesh, schedule: Any) -> Any:
     def part(stage: int) -> Params:
         tree: Params = {"layers": {i: layer_spec(config, i, mesh.tp) for i in dealt[stage]}}
         embed = cut(HFTensor("model.embed_tokens.weight", (config.vocab, config.dim)), mesh.tp, 0)
-        if config.tied and first != last:
-            embed = Copied(embed, mesh.pp, (first, last))
+        if config.tied and first != last and stage in (0, len(stages) - 1):
+            embed = Copied(embed, mesh.pp, tuple(sorted((first, last))))
         if stage == 0:
             tree["embed"] = embed
         if stage == len(stages) - 1:
@@ -100,16 +100,38 @@ def deal_layers(layers: int, stages: int) -> list[range]:
 
 
 def check_mesh(method: str, mesh: Mesh, model: Any) -> None:
-    """Refuse what is no mesh, and a tp that heads do not divide over: a rank has whole heads, and the keys they share."""
+    """Refuse what is no mesh, and sizes that the model does not divide over: a rank has whole heads, and some ids."""
     check_type(f"Dense.{method}", "mesh", mesh, Mesh, "Mesh(), or the mesh this runs over")
     require_single(f"Dense.{method}", mesh.ep)
-    h, kv, tp = model.config.heads, model.config.kv_heads, mesh.tp.size
+    h, kv, vocab, tp = model.config.heads, model.config.kv_heads, model.config.vocab, mesh.tp.size
 
     def fits(n: int) -> bool:
-        return h % n == 0 and (kv % n == 0 or n % kv == 0)
+        return h % n == 0 and (kv % n == 0 or n % kv == 0) and vocab >= n
 
     if not fits(tp):
         works = ", ".join(str(n) for n in range(1, h + 1) if fits(n))
+        ids = "" if vocab >= tp else f", or {vocab} ids of the vocabulary,"
         raise ConfigError(
-            f"dense: {h} query and {kv} key heads do not divide over axis 'tp' of size {tp}; sizes that do: {works}"
+            f"dense: {h} query and {kv} key heads{ids} do not divide over axis 'tp' of size {tp}; sizes that do: {works}"
         )
+    if model.context == "ulysses" and h // tp % mesh.cp.size:
+        works = ", ".join(str(n) for n in range(1, h // tp + 1) if h // tp % n == 0)
+        raise ConfigError(
+            f"dense: {h // tp} query heads of a rank do not divide over axis 'cp' of size {mesh.cp.size}, as "
+            f"context='ulysses' needs; sizes that do: {works}, or pass context='ring' or 'allgather'"
+        )
+
+
+def check_row(method: str, mb: Any, mesh: Mesh) -> None:
+    """Refuse a microbatch that is not this mesh's: a whole row where tokens are spread over cp, or a part where not."""
+    check_type(f"Dense.{method}", "the microbatch", mb, Packed, "it through pack_thd first")
+    if mb.parts == mesh.cp.size:
+        return
+    if mb.parts == 1:
+        has, fix = "a whole row (parts=1)", "pass it through cp_shard(packed, axis=mesh.cp) first"
+    else:
+        has, fix = (
+            f"one of {mb.parts} shards (parts={mb.parts})",
+            f"call {method} with the mesh that it was cut for, mesh=mesh",
+        )
+    raise ValueError(f"Dense.{method}: the microbatch is {has}, and axis 'cp' has size {mesh.cp.size}; {fix}")

@@ -119,6 +119,22 @@ def ragged_index(counts: Tensor, rows: Tensor) -> Tensor:
     return torch.repeat_interleave(shift, taken) + torch.arange(int(taken.sum()), device=counts.device)
 
 
+def _positions(batch: Any, counted: dict[str, tuple[str, str]], at: dict[str, Tensor], axis: str) -> Tensor:
+    """Return the positions that are taken along ``axis``, and put them into ``at``, which has the documents'.
+
+    A function that calls itself is defined here: one inside another is a reference cycle, which keeps tensors alive.
+    """
+    if axis not in at:
+        if axis not in counted:
+            raise TypeError(
+                f"select_documents: {type(batch).__name__} has fields cut along {axis!r} and none that counts it; "
+                f'declare one with fstep.cut("document", counts="{axis}")'
+            )
+        name, parent = counted[axis]
+        at[axis] = ragged_index(getattr(batch, name), _positions(batch, counted, at, parent))
+    return at[axis]
+
+
 def select_documents(batch: B, rows: Sequence[int] | Tensor) -> B:
     """Return a batch of the documents numbered ``rows``, in that order, with everything that belongs to them.
 
@@ -144,19 +160,8 @@ def select_documents(batch: B, rows: Sequence[int] | Tensor) -> B:
             f"select_documents: rows are {int(numbers.min())} to {int(numbers.max())} and there are {documents} documents"
         )
 
-    def positions(axis: str) -> Tensor:
-        if axis not in at:
-            if axis not in counted:
-                raise TypeError(
-                    f"select_documents: {type(batch).__name__} has fields cut along {axis!r} and none that counts it; "
-                    f'declare one with fstep.cut("document", counts="{axis}")'
-                )
-            name, parent = counted[axis]
-            at[axis] = ragged_index(getattr(batch, name), positions(parent))
-        return at[axis]
-
     def take(value: Any, axis: str) -> Any:
-        rows = positions(axis)
+        rows = _positions(batch, counted, at, axis)
         return tree_map(lambda x: x[rows.to(x.device)], value)
 
     new = {name: take(getattr(batch, name), along) for name, along, _ in fields if along != "none"}

@@ -55,6 +55,11 @@ def fold_layers(f: Callable[[int, Any, Any], Any], layers: Mapping[int, Any], x:
     (tensor([4., 4.]), tensor([4., 4.]))
     """
     check_callable("fold_layers", "f", f)
+    if isinstance(layers, Pieces):
+        raise TypeError(
+            "fold_layers: layers are one unit of shard_params, which is gathered at once; make each layer a unit, as by "
+            "default, or pass gather_params(layers)"
+        )
     check_type("fold_layers", "layers", layers, Mapping, "a dict of layers by their number")
     order = sorted(layers)
     passes = [_Layer(layers[i]) for i in order]

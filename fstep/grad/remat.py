@@ -30,14 +30,16 @@ class Rematerialised(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
+        """Change nothing."""
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        pass
+        """Keep nothing."""
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
+        """Pass the gradient on."""
         return g
 
 

@@ -23,8 +23,11 @@ from torch.autograd import Function
 
 from fstep.grad.pieces import Pieces, finish_sum, lay_out, start_gather, start_sum, wholes
 from fstep.mesh.axis import Axis
-from fstep.mesh.place import Copied, Shard
+from fstep.mesh.place import Copied, Shard, places
 from fstep.tree import NAMESPACE, check_type, path_name
+
+# The axes over which gradients are partial sums, by the names that `Mesh` gives them and their union.
+DATA = ("dp", "cp", "dp+cp")
 
 
 def _whole_layer(path: str) -> bool:
@@ -43,19 +46,20 @@ def shard_params(
     """Cut every unit of ``params`` over ``axis``: each becomes a `Pieces` with this rank's part of its parameters.
 
     A unit is gathered at once. ``units(path)`` says whether the subtree at ``path`` is one, asked from the top down, and a
-    leaf always is; by default each child of ``layers`` is one (``layers.0``). `Shard` and `Copied` inside a unit stay, so
-    that a tensor-parallel slice is cut further; inside `Stages` every stage's params are cut. On an axis of size 1 the
-    result is ``params``.
+    leaf always is; by default each child of ``layers`` is one (``layers.0``), as `fold_layers` wants them. (If ``layers``
+    itself is one unit, all of it is whole at once: pass it through `gather_params` first.) `Shard` and `Copied` inside a
+    unit stay, so that a tensor-parallel slice is cut further; inside `Stages` every stage's params are cut. On an axis of
+    size 1 the result is ``params``.
 
     ``dtype`` is what floating-point parameters are gathered in, by default their own; give it what the model computes in,
     and half as much is moved. ``reduce_dtype`` is what gradients are summed in, by default that of the piece: with float32
     pieces gathered in bfloat16, the sum is in float32. Gradients arrive in the dtype of the piece either way.
 
     Inputs: params *replicated* over the axis. Outputs: *shards* of them, copies, the pieces of a unit being views of one
-    buffer. ``axis`` is that of the ranks with different documents or tokens: ``mesh.over("dp", "cp")``.
+    buffer. ``axis`` is that of the ranks with different documents or tokens: ``mesh.over("dp", "cp")``, or one of the two.
 
-    Raises TypeError for a leaf that is no tensor or a ``dtype`` that is not floating-point, ValueError for params that are
-    sharded already.
+    Raises TypeError for a leaf that is no tensor or a ``dtype`` that is not floating-point, ValueError for another axis and
+    for params that are sharded already, or cut by a `Shard` over some of the same ranks.
 
     >>> import torch, fstep
     >>> params = {"layers": {0: {"q": torch.arange(24.0).view(4, 6)}}}
@@ -67,6 +71,12 @@ def shard_params(
     for name, value in (("dtype", dtype), ("reduce_dtype", reduce_dtype)):
         if value is not None and not value.is_floating_point:
             raise TypeError(f"shard_params: {name} is {value}; pass a floating-point dtype, or None")
+    # Ranks of tp or pp hold other parameters, or sum gradients of their own: pieces of unlike things would be put together.
+    if axis.name not in DATA:
+        raise ValueError(
+            f"shard_params: axis is {axis.name!r}, whose ranks do not hold the same params for other tokens; pass "
+            'mesh.over("dp", "cp"), mesh.dp or mesh.cp'
+        )
     for path, node in zip(*_open(params), strict=True):
         if isinstance(node, Pieces):
             raise ValueError(f"shard_params: {path!r} is sharded already; pass what unshard_params returns")
@@ -106,6 +116,13 @@ def _cut(unit: Any, name: str, axis: Axis, dtype: Any, reduce_dtype: Any) -> Any
     for leaf in leaves:
         if leaf is not None and not isinstance(leaf, Tensor):
             raise TypeError(f"shard_params: a leaf of {name!r} is a {type(leaf).__name__}; pass a tree of tensors")
+    for place in places(unit):
+        for other in place.axes:
+            if len(set(other.ranks) & set(axis.ranks)) > 1:
+                raise ValueError(
+                    f"shard_params: {'.'.join(x for x in (name, place.path) if x)!r} is a Shard over axis {other.name!r}, "
+                    f"ranks of which are on axis {axis.name!r} too; pass params that all ranks of {axis.name!r} hold alike"
+                )
     if all(leaf is None for leaf in leaves):
         return unit
     node = Pieces(unit, axis, *lay_out(leaves, axis.size), dtype, reduce_dtype)

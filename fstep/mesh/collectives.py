@@ -74,9 +74,10 @@ def pvary(x: Any, *, axis: Axis) -> Any:
 def as_partial(x: Any, *, axis: Axis) -> Any:
     """Turn a value that every rank has into addends of it. Input: replicated; output: partial. Transpose: the identity.
 
-    The inverse of `psum`, bit for bit: the first rank keeps ``x``, the others get zeros. No communication. It is for a loss
-    that all ranks compute alike and that will be added up over them, as `finalize_grads` does: without it the loss would
-    count once a rank. Its gradient is passed on to all ranks, since all of them took part. Shapes: any.
+    The inverse of `psum`: the first rank keeps ``x``, the others get zeros, and the sum is ``x`` (only -0.0 becomes 0.0). No
+    communication. It is for a loss that all ranks compute alike and that will be added up over them, as `finalize_grads`
+    does: without it the loss would count once a rank. Its gradient is passed on to all ranks, since all of them took part.
+    Shapes: any.
 
     Raises TypeError for what is no tensor or is bool.
 

@@ -21,6 +21,7 @@ import torch
 
 from fstep.mesh.axis import Mesh, check_sizes, describe, make_mesh
 from fstep.mesh.processes import Processes
+from fstep.mesh.turns import ranks_simulated
 from fstep.mesh.wire import Place, explain
 
 
@@ -75,6 +76,26 @@ def mesh_from_env(
             _leave(world, mine)
         raise
     _leave(world, mine)
+
+
+def count_ranks() -> int:
+    """Return how many ranks this program runs on, whatever mesh its functions are handed.
+
+    Those of the `simulate` call that this is inside of; otherwise the processes of torch.distributed or, where it is not
+    initialized, those that torchrun has started.
+
+    >>> import fstep
+    >>> from fstep.mesh.launch import count_ranks
+    >>> count_ranks(), fstep.simulate(lambda mesh: count_ranks(), dp=2)
+    (1, [2, 2])
+    """
+    import torch.distributed as dist
+
+    if (simulated := ranks_simulated.get()) > 1:
+        return simulated
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def derive_sizes(processes: int, *, dp: int | None, **sizes: int) -> dict[str, int]:

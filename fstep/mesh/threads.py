@@ -1,14 +1,17 @@
 """The transport of simulated ranks: what one thread hands to another, they being threads of one process.
 
-    dp of 3, one call:    rank 0 puts x0    rank 1 puts x1    rank 2 puts x2, computes x0 + x1 + x2 for all, wakes them
+    dp of 3, one call:    rank 0 puts x0    rank 1 puts x1    rank 2 puts x2, has x0 + x1 + x2 computed, wakes them
 
-The last rank to arrive at a call computes everybody's result. A call is written down as text, and one that differs from
-the text of the first to arrive is an error that shows both. Turn taking is in `turns`.
+When the last rank has arrived at a call, everybody's result is computed, in a thread that is no rank's: which rank is the
+last may differ between a forward pass and its recomputation, and the dispatch modes of a thread (of selective
+checkpointing, of a counter of operations) would see what is not its rank's. A call is written down as text, and one that
+differs from the text of the first to arrive is an error that shows both. Turn taking is in `turns`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,13 @@ class World(Turns):
     def __init__(self, labels: Sequence[str]) -> None:
         super().__init__(labels)
         self.groups: dict[tuple[str, tuple[int, ...]], Group] = {}
+        self.nobody = ThreadPoolExecutor(1, "simulate exchange")
+
+    @override
+    def finish(self, rank: int) -> None:
+        if len(self.returned) == len(self.labels) - 1:
+            self.nobody.shutdown()
+        super().finish(rank)
 
     def leftovers(self) -> list[str]:
         """List what was started and never met: calls that others did not make, messages that nobody received."""
@@ -98,7 +108,7 @@ class ThreadTransport(Transport):
     rank: int
 
     def _meet(self, action: str, sign: str, x: Tensor, f: Callable[[list[Tensor]], list[Tensor]]) -> Pending[Tensor]:
-        """Make a call of the whole group; the last to arrive computes everybody's result."""
+        """Make a call of the whole group; when the last has arrived, everybody's result is computed."""
         group, world, me = self.group, self.group.world, self.rank
         world.check()
         number = group.calls[me]
@@ -110,9 +120,13 @@ class ThreadTransport(Transport):
                 "all ranks of an axis have to make the same calls in the same order"
             )
         slot.inputs[me] = x.detach()
+
+        def compute() -> list[Tensor | None]:
+            return list(f([slot.inputs[r] for r in range(group.size)]))
+
         if len(slot.inputs) == group.size:
             del group.slots[number]
-            slot.outputs = list(f([slot.inputs[r] for r in range(group.size)]))
+            slot.outputs = world.nobody.submit(compute).result()
             slot.inputs.clear()
             world.wake(id(slot))
 

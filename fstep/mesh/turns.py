@@ -15,6 +15,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,15 @@ from fstep.mesh.transport import MeshError
 
 # Frames of these are not where the user waits.
 PACKAGE = os.path.dirname(os.path.dirname(__file__))
-LIBRARIES = (PACKAGE + os.sep, os.path.dirname(torch.__file__) + os.sep, threading.__file__)
+LIBRARIES = (
+    PACKAGE + os.sep,
+    os.path.dirname(torch.__file__) + os.sep,
+    threading.__file__,
+    os.path.dirname(futures.__file__) + os.sep,
+)
+
+# How many ranks the `simulate` call has that this thread, or the one that started it with its context, is a rank of.
+ranks_simulated: ContextVar[int] = ContextVar("ranks_simulated", default=1)
 
 
 @dataclass
@@ -53,6 +63,7 @@ class Turns:
     def begin(self, rank: int) -> None:
         """Wait for the first turn."""
         self.threads[rank] = threading.get_ident()
+        ranks_simulated.set(len(self.labels))  # in this thread's own copy of the context
         self.turns[rank].acquire()
         self.check()
 

@@ -60,15 +60,17 @@ def _label(values: Tensor, labels: Tensor, span: Range) -> Tensor:
 
 
 def _logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, span: Range, axis: Axis, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Return log probability and entropy of some tokens, in plain operations."""
+    hidden: Tensor, weight: Tensor, labels: Tensor, span: Range, axis: Axis, temperature: float, entropy: bool
+) -> list[Tensor]:
+    """Return log probability and, if asked for, entropy of some tokens, in plain operations."""
     logits = head._logits(hidden, weight, temperature)
     z = logits - pmax(logits.detach().max(-1).values, axis=axis)[:, None]
     e = z.exp()
-    total, moment, label = psum(torch.stack([e.sum(-1), (e * z).sum(-1), _label(z, labels, span)]), axis=axis)
-    counted = labels != IGNORE
-    return torch.where(counted, label - total.log(), 0), torch.where(counted, total.log() - moment / total, 0)
+    # Without the moment, of which a logit of -inf makes NaN, where nobody asks for it.
+    rows = [e.sum(-1), _label(z, labels, span), *([(e * z).sum(-1)] if entropy else [])]
+    total, label, *moment = psum(torch.stack(rows), axis=axis)
+    found = [label - total.log(), *(total.log() - m / total for m in moment)]
+    return [torch.where(labels != IGNORE, x, 0) for x in found]
 
 
 class _ChunkedVocabLogprobs(Function):
@@ -85,7 +87,8 @@ class _ChunkedVocabLogprobs(Function):
             at = slice(start, start + step)
             logits = head._logits(hidden[at], weight, temperature)
             top[at] = logits.max(-1).values
-            z = logits.sub_(top[at, None])
+            # Where all ids of this rank are ruled out, by logits of -inf, there is nothing to take off.
+            z = logits.sub_(top[at, None].masked_fill(top[at, None] == -torch.inf, 0))
             mine[2, at] = _label(z, labels[at], span)
             e = z.exp() if entropy else z.exp_()
             mine[0, at] = e.sum(-1)
@@ -117,10 +120,9 @@ class _ChunkedVocabLogprobs(Function):
         if torch.is_grad_enabled():
             # Somebody differentiates this backward pass: as in fstep.ops.head, on views.
             hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
-            outs = _logprobs(hidden, weight, labels, ctx.span, ctx.axis, ctx.temperature)
+            outs = _logprobs(hidden, weight, labels, ctx.span, ctx.axis, ctx.temperature, ctx.entropy)
             wanted = [x for x, w in zip((hidden, weight), want, strict=True) if w]
-            used = 2 if ctx.entropy else 1
-            grads = iter(torch.autograd.grad(outs[:used], wanted, (g_logp, g_entropy)[:used], create_graph=True))
+            grads = iter(torch.autograd.grad(outs, wanted, (g_logp, g_entropy)[: len(outs)], create_graph=True))
             return next(grads) if want[0] else None, next(grads) if want[1] else None, *nothing
 
         wide = lse_all.dtype
@@ -184,6 +186,11 @@ def tp_token_logprobs(
     if axis.size == 1:
         return head.token_logprobs(hidden, rows, labels, temperature=temperature, entropy=entropy)  # type: ignore[call-overload]
     head._check("tp_token_logprobs", hidden, rows, temperature)
+    if hidden.dim() != 2 or labels.dim() != 1:
+        raise ValueError(
+            f"tp_token_logprobs: hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not fit; they are a shard "
+            f"[tokens / {axis.size}, dim] and [tokens]"
+        )
     check_ids("tp_token_logprobs", "label", labels, vocab, ignore=IGNORE)
     whole = tp_gather(hidden, axis=axis, tokens=len(labels))
     logp, ent, _ = _ChunkedVocabLogprobs.apply(whole, rows, labels, span, axis, temperature, entropy)  # type: ignore[no-untyped-call]

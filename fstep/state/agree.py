@@ -12,11 +12,27 @@ from typing import Any, TypeVar
 
 from fstep.mesh.axis import ORDER, Axis, Mesh
 from fstep.mesh.exchange import transport
+from fstep.mesh.launch import count_ranks
 from fstep.mesh.transport import MeshError
 from fstep.tree import check_type
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+
+
+def given_mesh(who: str, mesh: Mesh | None, *, error: type[Exception]) -> Mesh:
+    """Return the mesh, `Mesh()` where none was given; but where there are other ranks, somebody has forgotten to give it.
+
+    Each would then write its own part, as if that were all, over those of the others.
+    """
+    if mesh is not None:
+        return mesh
+    if (ranks := count_ranks()) > 1:
+        raise error(
+            f"{who}: mesh is not given, and the program runs on {ranks} ranks; call it on all of them with mesh=mesh (or, "
+            "for what this rank has and nothing else, with mesh=Mesh())"
+        )
+    return Mesh()
 
 
 def all_ranks(who: str, mesh: Mesh) -> Axis:

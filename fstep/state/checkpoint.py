@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fstep.mesh.axis import Mesh
 from fstep.state import files
-from fstep.state.agree import all_ranks, consult
+from fstep.state.agree import all_ranks, consult, given_mesh
 from fstep.state.folders import discard, filling, settle, sync, whole_folder
 from fstep.state.manifest import (
     STEP,
@@ -57,7 +57,7 @@ def save_checkpoint(
     folder: str | os.PathLike[str],
     state: Any,
     *,
-    mesh: Mesh = Mesh(),  # noqa: B008
+    mesh: Mesh | None = None,
     keep: int | None = None,
     step: int | None = None,
 ) -> Path:
@@ -71,7 +71,8 @@ def save_checkpoint(
             run writes to it at a time.
         state: any tree of tensors, on any device: shards over any axis, or replicated. Leaves may be views,
             non-contiguous or share storage.
-        mesh: the mesh whose ranks call this.
+        mesh: the mesh whose ranks call this. It may be left out in a program that runs on one rank; ``Mesh()`` saves what
+            this rank has as if it were all.
         keep: after the new checkpoint has landed, delete all but it and the ``keep - 1`` latest others.
         step: the number to file it under; by default ``state.step``.
 
@@ -79,7 +80,8 @@ def save_checkpoint(
     and at most a folder named ``.tmp-*`` that the next save removes. Host memory holds a few tensors at a time.
 
     Raises `CheckpointError` for a leaf that is no tensor or has a dtype the format lacks, for ranks whose states do not fit
-    together, and for a bad ``keep``. An error on one rank is raised on all of them; `MeshError` if a rank is gone.
+    together, for a bad ``keep``, and without ``mesh`` where there are several ranks. An error on one rank is raised on all
+    of them; `MeshError` if a rank is gone.
 
     >>> import tempfile, torch, fstep
     >>> state = fstep.init_state({"w": torch.ones(2)}, fstep.sgd)
@@ -88,6 +90,7 @@ def save_checkpoint(
     'step-00000000'
     """
     who = "save_checkpoint"
+    mesh = given_mesh(who, mesh, error=CheckpointError)
     everyone = all_ranks(who, mesh)
     leaves: dict[str, Tensor] = {}
 

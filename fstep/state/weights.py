@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fstep.mesh.axis import Mesh
 from fstep.mesh.place import Range
-from fstep.state.agree import all_ranks, consult
+from fstep.state.agree import all_ranks, consult, given_mesh
 from fstep.state.files import DTYPES, group_by_size, listed, write_safetensors
 from fstep.state.folders import whole_folder
 from fstep.state.hf_folder import INDEX, SINGLE, HFFolder, WeightsError
@@ -112,7 +112,7 @@ def save_hf(
     params: Any,
     spec: Any,
     *,
-    mesh: Mesh = Mesh(),  # noqa: B008
+    mesh: Mesh | None = None,
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -127,14 +127,15 @@ def save_hf(
         folder: made anew. One that holds a model is replaced, with everything in it; any other is refused.
         params: the tree to write, on any device: this rank's, shards over any axis or replicated.
         spec: a tree of `HFTensor` and `Tied`, that of the whole model.
-        mesh: the mesh whose ranks call this.
+        mesh: the mesh whose ranks call this. It may be left out in a program that runs on one rank; ``Mesh()`` writes what
+            this rank has as if it were all.
         config: written as ``config.json``. Its ``"dtype"`` is what ``from_pretrained`` converts to.
         dtype: what floating-point tensors are converted to; by default each keeps its own.
         max_shard_bytes: start another file when one would grow beyond this.
         extra_files: files to copy into the folder, such as those of the tokenizer.
 
-    Raises `WeightsError` if params and spec differ, or if the folder may not be replaced. An error on one rank is raised
-    on all of them; `MeshError` if a rank is gone.
+    Raises `WeightsError` if params and spec differ, if the folder may not be replaced, and without ``mesh`` where there are
+    several ranks. An error on one rank is raised on all of them; `MeshError` if a rank is gone.
 
     >>> import os, tempfile, torch, fstep
     >>> spec = {"w": fstep.HFTensor("linear.weight", (2,))}
@@ -153,7 +154,7 @@ def save_hf(
                 f"save_hf: {leaf.name!r} is {stored(x.dtype)} on {x.device}, which no file can hold; pass dtype=, or values"
             )
 
-    everyone = all_ranks("save_hf", mesh)
+    everyone = all_ranks("save_hf", given_mesh("save_hf", mesh, error=WeightsError))
     shares = survey("save_hf", params, spec, everyone, check)
     tensors = deliver("save_hf", params, spec, shares, everyone, to_all=False)
 

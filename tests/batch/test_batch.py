@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -180,6 +182,19 @@ def test_select_takes_items_and_patches_along(seed: int) -> None:
 )
 def test_rows_may_be_any_numbers(rows: Any) -> None:
     assert fstep.select_documents(fstep.make_docs(THREE), rows).tokens.tolist() == [5, 6, 1, 2, 3]
+
+
+def test_select_leaves_nothing_for_the_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        docs = fstep.make_docs(THREE)
+        ref = weakref.ref(docs.tokens)
+        fstep.select_documents(docs, [2, 0])
+        del docs
+        assert ref() is None
+    finally:
+        gc.enable()
 
 
 def test_no_rows_is_an_empty_batch_of_the_same_kind() -> None:

@@ -176,6 +176,27 @@ def test_bad_input() -> None:
         "shard_params: 'embed' is sharded already; pass what unshard_params returns",
         lambda m: fstep.shard_params(sharded(m), m.dp),
     )
+    for name, axis in {"tp": lambda m: m.tp, "pp": lambda m: m.pp, "dp\\+tp": lambda m: m.over("dp", "tp")}.items():
+        raises(
+            ValueError,
+            rf"shard_params: axis is '{name}', .*; pass mesh.over.*, mesh.dp or mesh.cp",
+            lambda m, axis=axis: fstep.shard_params(make_params(), axis(m)),
+        )
+    over_dp = {"tower": {"w": torch.ones(4, 2), "norm": torch.ones(3)}}
+    raises(
+        ValueError,
+        r"shard_params: 'tower.w' is a Shard over axis 'dp', ranks of which are on axis 'dp\+cp' too; pass params that all",
+        lambda m: fstep.shard_params(
+            {"tower": {**over_dp["tower"], "w": fstep.Shard.cut(over_dp["tower"]["w"], axis=m.dp, dim=0)}},
+            m.over("dp", "cp"),
+            units=lambda path: path == "tower",
+        ),
+    )
+    raises(
+        TypeError,
+        r"fold_layers: layers are one unit of shard_params, .* or pass gather_params\(layers\)",
+        lambda m: stage(sharded(m, units=lambda path: path == "layers"), None, tokens(0)[0]),
+    )
     raises(TypeError, "fold_layers: layers is a list; pass a dict", lambda m: fstep.fold_layers(block, [], torch.ones(1)))
     (cut, _) = fstep.simulate(sharded, dp=2)
     alone = dataclasses.replace(cut["norm"], axis=Axis("dp", 2))

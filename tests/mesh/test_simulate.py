@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import re
 import threading
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fstep
 from fstep import Axis, Mesh, MeshError
+from fstep.mesh.launch import count_ranks
 from fstep.mesh.transport import Transport
 
 
@@ -157,6 +159,21 @@ def test_a_failure_leaves_nothing_behind() -> None:
         gc.enable()
     assert set(threading.enumerate()) == threads
     assert len(refs) == 4 and not left
+
+
+def test_who_asks_how_many_ranks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inside(mesh: Mesh) -> list[Any]:
+        found: list[Any] = [count_ranks(), fstep.simulate(lambda mesh: count_ranks(), dp=3)]
+        helper = threading.Thread(target=contextvars.copy_context().run, args=(lambda: found.append(count_ranks()),))
+        helper.start()
+        helper.join()
+        return found
+
+    assert count_ranks() == 1 and fstep.simulate(lambda mesh: count_ranks()) == [1]
+    assert fstep.simulate(inside, pp=2) == [[2, [3, 3, 3], 2]] * 2
+    assert count_ranks() == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")  # started by torchrun, torch.distributed not initialized or left already
+    assert count_ranks() == 4 and fstep.simulate(lambda mesh: count_ranks(), dp=2) == [2, 2]
 
 
 def test_inside_another_simulation() -> None:

@@ -126,6 +126,16 @@ def test_options_on_a_mesh(options: dict) -> None:
     compare(replace(Dense(Config.from_hf(CONFIGS["qwen3-tied-biases-mixed"])), **options), pack(4), tp=2, cp=2)
 
 
+@pytest.mark.parametrize("sizes", [{"tp": 4}, {"tp": 2, "cp": 2}], ids=str)
+@pytest.mark.parametrize("context", ["ring", "allgather", "ulysses"])
+def test_selective_remat_on_a_mesh(context: str, sizes: dict) -> None:
+    """What is kept is found again in the backward pass, in which the ranks arrive in another order."""
+    aten = torch.ops.aten
+    kept = [aten.mm.default, aten.add.Tensor, aten.clone.default, aten.stack.default]
+    config = CONFIGS["qwen3-tied-biases-mixed"]
+    compare(replace(Dense(Config.from_hf(config)), remat=kept, context=context), pack(4), **sizes)
+
+
 @pytest.mark.parametrize("docs", [[], [[5]], [[1, 2]]], ids=["no document", "a token", "two tokens"])
 def test_a_row_of_almost_nothing(docs: list) -> None:
     """Fewer tokens than ranks, and none. A token that sees itself only has no gradient of its query and key."""
@@ -441,6 +451,103 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         fstep.simulate(model.spec, tp=size)
     with pytest.raises(ConfigError, match=r"6 query and 2 key heads .* size 4; sizes that do: 1, 2, 6"):
         fstep.simulate(Dense(replace(config_of(False), heads=6, kv_heads=2)).spec, tp=4)
+
+
+def test_a_vocabulary_smaller_than_tp_is_refused() -> None:
+    model = Dense(replace(config_of(False), vocab=3))
+    message = r"4 query and 2 key heads, or 3 ids of the vocabulary, do not divide over axis 'tp' of size 4; .* do: 1, 2\n"
+    for call in (model.spec, model.stage):
+        with pytest.raises(ConfigError, match=message):
+            fstep.simulate(call, tp=4)
+    fstep.simulate(model.spec, tp=2)
+
+
+def test_fewer_features_than_ranks() -> None:
+    """A rank without any adds nothing, and is right."""
+    config = Config.from_hf({**CONFIGS["qwen3-tied-biases-mixed"].to_dict(), "intermediate_size": 3})
+    compare(Dense(config), pack(1), tp=4)
+
+
+def test_heads_that_ulysses_cannot_deal_out_are_refused() -> None:
+    model = Dense(config_of(False), context="ulysses")
+    with pytest.raises(
+        ConfigError,
+        match=r"2 query heads of a rank do not divide over axis 'cp' of size 4, .*; sizes that do: 1, 2, or pass",
+    ):
+        fstep.simulate(model.stage, tp=2, cp=4)
+    fstep.simulate(model.stage, cp=4)
+    fstep.simulate(model.stage, tp=2, cp=2)
+    fstep.simulate(replace(model, context="ring").stage, tp=2, cp=4)
+
+
+def test_words_that_nobody_knows_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="Dense: context 'rings' is unknown; pass one of ring, allgather, ulysses"):
+        Dense(config_of(False), context="rings")
+    with pytest.raises(ValueError, match="Dense: attention 'fast' is unknown; pass one of auto"):
+        Dense(config_of(False), attention="fast")
+
+
+def test_a_row_of_another_mesh_is_refused() -> None:
+    """Every rank would compute with whole documents, or with parts as if they were documents: finite, and wrong."""
+    model, row = Dense(config_of(False)), pack(4)
+    whole = params_of(model)
+
+    def hidden(mesh: Mesh, mb: Packed) -> Tensor:
+        return model.stage(mesh)(whole, None, mb)
+
+    def part(mesh: Mesh) -> Packed:
+        return fstep.cp_shard(row, axis=mesh.cp)
+
+    calls: list[tuple[str, Callable[[Mesh], Any]]] = [
+        (r"stage: .* a whole row \(parts=1\), and axis 'cp' has size 2; pass it through cp_shard", lambda m: hidden(m, row)),
+        (
+            r"stage: .* one of 2 shards \(parts=2\), and axis 'cp' has size 1; call stage with .*, mesh=mesh",
+            lambda m: hidden(Mesh(), part(m)),
+        ),
+        (
+            r"logprobs: .* a whole row \(parts=1\), and axis 'cp' has size 2; pass .*cp_shard\(packed, axis=mesh.cp\)",
+            lambda m: model.logprobs(whole, hidden(m, part(m)), row, mesh=m),
+        ),
+        (
+            r"logprobs: .* one of 2 shards \(parts=2\), and axis 'cp' has size 1; call logprobs with .*, mesh=mesh",
+            lambda m: model.logprobs(whole, hidden(m, part(m)), part(m)),
+        ),
+    ]
+    for message, call in calls:
+        with pytest.raises(ValueError, match="Dense." + message):
+            fstep.simulate(call, cp=2)
+    with pytest.raises(TypeError, match=r"Dense.logprobs: the microbatch is a Tensor; pass it through pack_thd first"):
+        model.logprobs(whole, hidden(Mesh(), row), row.labels)  # type: ignore[call-overload]
+
+
+def test_a_forgotten_mesh_over_tp_is_named() -> None:
+    model, packed = Dense(config_of(False)), pack(1)
+    whole = params_of(model)
+
+    def on(mesh: Mesh) -> list[str]:
+        p, said = model.part(whole, mesh=mesh), []
+        x = model.stage(mesh)(p, None, packed)
+        later = {"layers": p["layers"]}, torch.zeros(len(packed.tokens), model.config.dim, dtype=F64)
+        message = r"axis 'tp' has size 1; give this call the mesh .*, as with mesh=mesh"
+        for call in (
+            lambda: model.stage()(p, None, packed),
+            lambda: model.stage()(*later, packed),
+            lambda: model.logprobs(p, x, packed),
+            lambda: model.logits(p, x),
+        ):
+            with pytest.raises(ValueError, match=message) as caught:
+                call()
+            said.append(str(caught.value).partition(":")[0])
+        return said
+
+    assert fstep.simulate(on, tp=2)[1] == ["tp_embed", "Dense.stage", "tp_token_logprobs", "tp_head_logits"]
+
+
+def test_a_save_without_the_mesh_is_refused(tmp_path: Any) -> None:
+    model = Dense(config_of(False))
+    with pytest.raises(fstep.WeightsError, match="save_hf: mesh is not given, and the program runs on 2 ranks"):
+        fstep.simulate(lambda mesh: model.save(tmp_path / "model", model.init(Key.seed(0), mesh=mesh)), dp=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_params_of_another_mesh_are_refused() -> None:

@@ -259,6 +259,40 @@ def test_large_logits_are_no_obstacle(dtype: torch.dtype, offset: float) -> None
     torch.testing.assert_close(flat[1][0][1], torch.full((3,), 6.0, dtype=dtype).log())
 
 
+@pytest.mark.parametrize("chosen", [[2, 0], [0, 0], [2, 4]], ids=str)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_ids_that_are_ruled_out(entropy: bool, chosen: list[int]) -> None:
+    """Logits of -inf: of one id, of all that a rank has. What one rank makes of them, so do three (of the entropy, NaN)."""
+    hidden = torch.full((2, 1), 0.5, dtype=F64)
+    weight = torch.tensor([-2.0, -torch.inf, -1000.0, -1001.0, -torch.inf, -torch.inf], dtype=F64)[:, None]
+    weight = weight if 0 in chosen else weight.index_fill(0, torch.tensor([0]), -torch.inf)
+    labels = torch.tensor(chosen)
+
+    def on(mesh: Mesh) -> Any:
+        part = Shard.cut(weight, axis=mesh.tp, dim=0)
+
+        def f(w: Any) -> Any:
+            out = fstep.tp_token_logprobs(share(hidden, mesh), w, labels, axis=mesh.tp, entropy=entropy)
+            return out if entropy else (out,)
+
+        (_, outs), grad = fstep.value_and_grad(lambda w: ((out := f(w))[0].sum(), out), has_aux=True)(part)
+        return outs, grad.value
+
+    def alone(w: Tensor) -> tuple[Tensor, Tensor]:
+        if entropy:
+            logp, _ = fstep.token_logprobs(hidden, w, labels, entropy=True)
+        else:
+            logp = fstep.token_logprobs(hidden, w, labels)
+        return logp.sum(), logp.detach()
+
+    (_, want), grad = fstep.value_and_grad(alone, has_aux=True)(weight)
+    assert want[0].isfinite() and not want.isnan().any() and (entropy or grad.isfinite().all())
+    got = fstep.simulate(on, tp=3)
+    for (logp, *_), _ in got:
+        torch.testing.assert_close(logp.detach(), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([g for _, g in got]), grad, rtol=1e-12, atol=1e-300, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dtypes_of_the_head(dtype: torch.dtype) -> None:
     hidden, weight, labels, g = (
@@ -379,7 +413,17 @@ def test_no_rank_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda a, w: fstep.tp_token_logprobs(torch.ones(1, 3), Shard.cut(w, axis=a, dim=0), torch.tensor([0]), axis=a),
             "tp_token_logprobs: hidden is",
         ),
+        (
+            lambda a, w: fstep.tp_token_logprobs(
+                torch.ones(1, 2, dtype=F64), Shard.cut(w, axis=a, dim=0), torch.tensor([[1, 1]]), axis=a
+            ),
+            r"tp_token_logprobs: hidden \(1, 2\) and labels \(1, 2\) do not fit; they are a shard",
+        ),
         (lambda a, w: fstep.tp_head_logits(torch.ones(1, 2), w, axis=a), "tp_head_logits: weight is not cut"),
+        (
+            lambda a, w: fstep.tp_embed(torch.tensor([0]), Shard.cut(w[:1], axis=a, dim=0), axis=a),
+            "tp_embed: weight has length 1 along dim 0, less than the 2 ranks of axis 'tp', .*; use 1 ranks or fewer",
+        ),
     ],
 )
 def test_bad_input(call: Callable[..., Any], message: str) -> None:
@@ -389,5 +433,5 @@ def test_bad_input(call: Callable[..., Any], message: str) -> None:
 
 def test_a_shard_of_another_mesh_is_refused() -> None:
     part = fstep.simulate(lambda mesh: Shard.cut(randn(0, 4, 2), axis=mesh.tp, dim=0), tp=2)[0]
-    with pytest.raises(ValueError, match=r"weight is cut along dim 0 over .*, and axis 'tp' has size 1"):
+    with pytest.raises(ValueError, match=r"weight is cut along dim 0 over .*, and axis 'tp' has size 1; .* mesh=mesh"):
         fstep.tp_embed(torch.tensor([0]), part, axis=Mesh().tp)

@@ -47,6 +47,8 @@ def main(folder: Path, victim: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with fstep.mesh_from_env(tp=2, backend="gloo", timeout=PATIENCE) as mesh:
+        timed("no mesh", CheckpointError, lambda: fstep.save_checkpoint(folder / "run", state(mesh, 1), step=1))
+        timed("no mesh, model", fstep.WeightsError, lambda: fstep.save_hf(folder / "model", state(mesh, 1), SPEC))
         fstep.save_checkpoint(folder / "run", state(mesh, 1), mesh=mesh, step=1)
         again = fstep.load_checkpoint(folder / "run", state(mesh, 0), mesh=mesh)
         found["same"] = bool(torch.equal(again["x"].value, state(mesh, 1)["x"].value) and again["step"] == 1)

@@ -341,7 +341,7 @@ MISFITS: list[tuple[Callable[[Mesh], Any], str]] = [
         r"do not hold leaf 'x' .* once: boxes .* overlap",
     ),
     (
-        lambda m: {"x": Shard(X, m.tp, 0, (2 * m.tp.rank, 2 * m.tp.rank + 2), 4)},
+        lambda m: tree_map(lambda x: torch.cat([x, x]), {"x": Shard.cut(X, axis=m.tp, dim=0)}),
         r"state has a tensor \(4, 3\) at 'x', inside nodes that say it is \(2, 3\) of \(4, 3\); .* \(on rank 0\)",
     ),
 ]
@@ -366,6 +366,47 @@ def test_what_is_no_mesh(tmp_path: Path) -> None:
             TypeError, match=r"(save|load)_checkpoint|(save|stream)_hf: mesh is a Axis; pass Mesh\(\), or the"
         ):
             f()
+
+
+@pytest.mark.parametrize("sizes", [{"pp": 2}, {"dp": 2}, {"tp": 2}], ids=str)
+def test_a_mesh_that_was_forgotten_is_everybodys_error(sizes: dict[str, int], tmp_path: Path) -> None:
+    """Each rank would write its own part, over those of the others. On a pipeline no tensor tells that it is a part."""
+    cut = {"tp": lambda m: Shard.cut(X, axis=m.tp, dim=0)}.get(next(iter(sizes)), lambda m: X + m.pp.rank)
+    spec = {"x": fstep.HFTensor("x", (4, 3))}
+    saves: list[tuple[type[Exception], Callable[[Mesh], Any]]] = [
+        (CheckpointError, lambda m: save_checkpoint(tmp_path / "run", {"x": cut(m)}, step=0)),
+        (fstep.WeightsError, lambda m: fstep.save_hf(tmp_path / "model", {"x": cut(m)}, spec)),
+    ]
+    for error, save_it in saves:
+
+        def on(mesh: Mesh, error: type[Exception] = error, save_it: Callable[[Mesh], Any] = save_it) -> str:
+            with pytest.raises(error) as caught:
+                save_it(mesh)
+            return str(caught.value)
+
+        first, second = fstep.simulate(on, **sizes)
+        assert first == second
+        assert re.fullmatch(
+            r"save_(checkpoint|hf): mesh is not given, and the program runs on 2 ranks; call it on all of them with "
+            r"mesh=mesh \(or, for what this rank has and nothing else, with mesh=Mesh\(\)\)",
+            first,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_rank_alone_may_save_what_it_has(tmp_path: Path) -> None:
+    def on(mesh: Mesh) -> None:
+        state = {"x": X + mesh.rank}
+        save_checkpoint(tmp_path / f"run{mesh.rank}", state, mesh=Mesh(), step=0)
+        fstep.save_hf(tmp_path / f"model{mesh.rank}", state, {"x": fstep.HFTensor("x", (4, 3))}, mesh=Mesh())
+
+    fstep.simulate(on, dp=2)
+    for rank in range(2):
+        assert torch.equal(load_checkpoint(tmp_path / f"run{rank}", {"x": X})["x"], X + rank)
+        assert torch.equal(fstep.load_hf(tmp_path / f"model{rank}", {"x": fstep.HFTensor("x", (4, 3))})["x"], X + rank)
+    # A simulation of one rank, and what comes after a simulation, are programs of one rank.
+    fstep.simulate(lambda mesh: save_checkpoint(tmp_path / "one", {"x": X}, step=0))
+    save_checkpoint(tmp_path / "one", {"x": X}, step=1)
 
 
 def test_ranks_at_different_steps(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_a_tie_is_compared_where_it_is_read(tmp_path: Path) -> None:
 BAD_NODES: list[Callable[[Mesh], Any]] = [
     lambda mesh: Shard(HFTensor("x", (4, 2)), mesh.tp, 0, (0, 2), 3),
     lambda mesh: Shard(HFTensor("x", (2, 2)), mesh.tp, 0, (0, 2), 4),  # the part's shape, not the whole's
-    lambda mesh: Shard(HFTensor("x", (4, 2)), mesh.tp, 1, (0, 3), 2),
+    lambda mesh: Shard(HFTensor("x", (4, 2)), mesh.tp, 1, (0, 3), 3),
 ]
 
 

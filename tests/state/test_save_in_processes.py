@@ -44,6 +44,13 @@ def test_saved_and_loaded_by_parts(found: dict[str, Any]) -> None:
     assert found["same"] and found["streamed"]
 
 
+def test_a_mesh_that_was_forgotten(found: dict[str, Any]) -> None:
+    for name, function in (("no mesh", "save_checkpoint"), ("no mesh, model", "save_hf")):
+        assert found[name][0].startswith(
+            f"{function}: mesh is not given, and the program runs on 2 ranks; call it on all of"
+        )
+
+
 def test_model_files_are_those_of_one_process(folder: Path, tmp_path: Path) -> None:
     one = fstep.save_hf(tmp_path / "model", {"x": WHOLE + 1, "step": torch.tensor(1)}, SPEC)
     assert os.listdir(folder / "model") == os.listdir(one) == ["model.safetensors"]
