@@ -84,17 +84,19 @@ def finalize_grads(
             "torch.func transform is running); call it without donate=True, or detach what should not be differentiated"
         )
 
-    where, given = places(grads), leaves
+    given, mine = leaves, leaves
     if mesh.size > 1:
+        where = places(grads)
         leaves = sum_gradients(leaves, where, mesh)
         total, extra = _sum_ratios(total, extra, mesh.over("dp", "cp"))
+        mine = counted(leaves, where, mesh)
     if recording:
-        mine = _squares(counted(leaves, where, mesh), total.den)
+        square = _squares(mine, total.den)
         if mesh.size > 1:  # the ranks' own leaves may differ in dtype
-            mine = mine.to(torch.promote_types(total.den.dtype, torch.float32))
-        sum_norm = _root(psum(mine, everybody(mesh), "psum of the norm"))
+            square = square.to(torch.promote_types(total.den.dtype, torch.float32))
+        sum_norm = _root(psum(square, everybody(mesh), "psum of the norm"))
     elif mesh.size > 1:
-        sum_norm = norm_over_mesh(leaves, where, mesh, total.den)
+        sum_norm = norm_over_mesh(mine, mesh, total.den)
     else:
         sum_norm = torch.linalg.vector_norm(leaf_norms(leaves, 2))
     # A sum over ranks is a new tensor, which nobody else holds; what needed none (a ZeRO piece) is still the caller's.

@@ -104,12 +104,11 @@ def _sum_copies(x: Tensor, copies: Copied) -> Tensor:
     return total
 
 
-def norm_over_mesh(leaves: Sequence[Tensor], places: Sequence[Place], mesh: Mesh, like: Tensor) -> Tensor:
-    """Return the norm of all parameters' gradients together, in float32 or the dtype of ``like``; the same on all ranks.
+def norm_over_mesh(mine: Sequence[Tensor], mesh: Mesh, like: Tensor) -> Tensor:
+    """Return the norm of what all ranks count, in float32 or the dtype of ``like``: the same on all of them.
 
     The squares are added in float64, so that a float32 norm does not depend on how parameters are cut.
     """
-    mine = counted(leaves, places, mesh)
     square = torch.zeros((), dtype=torch.float64, device=like.device)
     if mine:
         square = leaf_norms(mine, 2, dtype=torch.float64).to(like.device).square().sum()

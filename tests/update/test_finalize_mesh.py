@@ -214,9 +214,9 @@ def test_many_small_leaves_are_summed_in_few_messages(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("mutant", ["twice", "mean", "sign", "no tie", "copy counted twice", "shard counted once"])
 def test_mutants_die(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fstep.update import reduce
+    from fstep.update import finalize, reduce
 
-    real, real_counted = reduce.psum, reduce.counted
+    real, real_counted = reduce.psum, finalize.counted
     if mutant in ("twice", "mean", "sign"):
         factor = {"twice": 2.0, "mean": 0.5, "sign": -1.0}[mutant]
         monkeypatch.setattr(reduce, "psum", lambda x, axis, title: real(x, axis, title) * (factor if x.dim() else 1))
@@ -225,6 +225,6 @@ def test_mutants_die(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if mutant == "copy counted twice":
         monkeypatch.setattr(fstep.Place, "counts", True)
     if mutant == "shard counted once":
-        monkeypatch.setattr(reduce, "counted", lambda g, p, mesh: real_counted(g, p, mesh) if mesh.tp.rank == 0 else [])
+        monkeypatch.setattr(finalize, "counted", lambda g, p, mesh: real_counted(g, p, mesh) if mesh.tp.rank == 0 else [])
     with pytest.raises(AssertionError):
         test_sums_means_and_norm({"pp": 2, "dp": 2, "tp": 2}, None)
