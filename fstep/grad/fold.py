@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fstep.grad.pieces import Gathering, Pieces, finish_sum, start_gather, start_sum, wholes
+from fstep.grad.messages import tensors_of
+from fstep.grad.pieces import Gathering, Pieces, finish_sum, is_pieces, start_gather, start_sum, wholes
 from fstep.grad.shard import gather_params
 from fstep.trace import in_transform
 from fstep.tree import NAMESPACE, check_callable, check_type, tree_leaves, tree_replace_leaves
@@ -73,18 +74,10 @@ def fold_layers(f: Callable[[int, Any, Any], Any], layers: Mapping[int, Any], x:
         token = passes[at + 1].begin() if at + 1 < len(order) else None
         with passes[at].notes():
             x = f(i, whole, x)
-        passes[at].recorded = any(t.requires_grad for t in _tensors(x))
+        passes[at].recorded = any(t.requires_grad for t in tensors_of(x))
         if at + 1 < len(order) or not passes[at].recorded:
             passes[at].let_go()  # the backward pass begins with the last layer
     return _enter(passes, len(order), None, x)[0]
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(x) if isinstance(t, Tensor)]
-
-
-def _is_pieces(x: Any) -> bool:
-    return isinstance(x, Pieces)
 
 
 @dataclass(frozen=True)
@@ -102,10 +95,10 @@ class _Layer:
     """One layer in one call: its pieces, its gathered memory while there is some, the sum under way of its gradients."""
 
     def __init__(self, tree: Any) -> None:
-        inside, self.spec = optree.tree_flatten(tree, _is_pieces, none_is_leaf=True, namespace=NAMESPACE)
-        self.rest = [None if _is_pieces(x) else x for x in inside]
-        self.nodes: list[Pieces] = [x for x in inside if _is_pieces(x)]
-        self.at = [k for k, x in enumerate(inside) if _is_pieces(x)]
+        inside, self.spec = optree.tree_flatten(tree, is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+        self.rest = [None if is_pieces(x) else x for x in inside]
+        self.nodes: list[Pieces] = [x for x in inside if is_pieces(x)]
+        self.at = [k for k, x in enumerate(inside) if is_pieces(x)]
         self.leaves = [[None if x is None else x.detach() for x in node.leaves()] for node in self.nodes]
         grad = torch.is_grad_enabled()
         # The pieces whose gradients are wanted; the same on every rank, since it depends on their names only.

@@ -113,6 +113,11 @@ def _unflatten(children: Iterable[Any], context: tuple[Any, ...]) -> Pieces:
 unnamed_node(Pieces, _flatten, _unflatten)
 
 
+def is_pieces(x: Any) -> bool:
+    """Say whether a value is a ZeRO node: where the tree functions are to stop."""
+    return isinstance(x, Pieces)
+
+
 def lay_out(leaves: Sequence[Tensor | None], size: int) -> tuple[tuple[Slot | None, ...], tuple[int, ...]]:
     """Lay parameters end to end, those of one dtype in one buffer; return their slots, and each rank's part of a buffer."""
     dtypes: list[torch.dtype] = []

@@ -122,7 +122,8 @@ def _check(
         raise ValueError(f"{function}: there are no microbatches; pass at least one")
     if axis.size == 1 and not isinstance(schedule, Schedule) and not isinstance(params, Stages):
         # A single rank needs no table, but what is no schedule is none on one rank either.
-        schedule_for(function, schedule, 1, len(microbatches), forward=True)
+        if not callable(schedule):
+            schedule_for(function, schedule, 1, 1, forward=True)
         return None
     table = schedule_for(function, schedule, axis.size, len(microbatches), forward=forward)
     if is_recording(params, list(microbatches)):
@@ -153,10 +154,9 @@ def pp_forward_backward(
 
     ``loss_fn`` returns a `Ratio`, or ``(Ratio, metrics)`` with a dict of named Ratios; ``stage_fn`` may return ``(x, aux)``
     where ``aux`` is a dict of Ratios that are added to the loss, each with the batch's weight, whatever part of it the stage
-    computes. The result is ``(Ratio, grads)``, or
-    ``((Ratio, metrics), grads)`` if there are metrics or auxiliary losses. Ratios are summed over the microbatches; the
-    gradients are those of the summed ``num``, undivided: `finalize_grads` divides. A leaf that ``trainable(path)`` refuses
-    has gradient ``None``.
+    computes. The result is ``(Ratio, grads)``, or ``((Ratio, metrics), grads)`` if there are metrics or auxiliary losses.
+    Ratios are summed over the microbatches; the gradients are those of the summed ``num``, undivided: `finalize_grads`
+    divides. A leaf that ``trainable(path)`` refuses has gradient ``None``.
 
     On an axis of several ranks each rank runs its stages of the model, in the order that ``schedule`` says: a name
     ("gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"), a `Schedule`, or a function that makes

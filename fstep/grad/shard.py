@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fstep.grad.pieces import Pieces, finish_sum, lay_out, start_gather, start_sum, wholes
+from fstep.grad.pieces import Pieces, finish_sum, is_pieces, lay_out, start_gather, start_sum, wholes
 from fstep.mesh.axis import Axis
 from fstep.mesh.place import Copied, Shard, places
 from fstep.tree import NAMESPACE, check_type, path_name
@@ -91,12 +91,8 @@ def shard_params(
 
 def _open(tree: Any) -> tuple[list[str], list[Any]]:
     """Return the paths and the values of a tree whose leaves are its ZeRO nodes and what is in none of them."""
-    paths, values, _ = optree.tree_flatten_with_path(tree, _is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+    paths, values, _ = optree.tree_flatten_with_path(tree, is_pieces, none_is_leaf=True, namespace=NAMESPACE)
     return [path_name(path) for path in paths], values
-
-
-def _is_pieces(x: Any) -> bool:
-    return isinstance(x, Pieces)
 
 
 def _visit(tree: Any, path: tuple[Any, ...], units: Callable[[str], bool], cut: Callable[[Any, str], Any]) -> Any:
@@ -159,9 +155,9 @@ def gather_params(tree: Any) -> Any:
     """
 
     def gather(node: Any) -> Any:
-        return node.fill(_call(_Gather, node, node.dtype, *node.leaves())) if _is_pieces(node) else node
+        return node.fill(_call(_Gather, node, node.dtype, *node.leaves())) if is_pieces(node) else node
 
-    return optree.tree_map(gather, tree, is_leaf=_is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+    return optree.tree_map(gather, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
 
 
 def scatter_grads(grads: Any, params: Any) -> Any:
@@ -181,14 +177,14 @@ def scatter_grads(grads: Any, params: Any) -> Any:
     """
 
     def scatter(node: Any, found: Any) -> Any:
-        if not _is_pieces(node):
+        if not is_pieces(node):
             return found
         spec = optree.tree_structure(node.value, none_is_leaf=True, namespace=NAMESPACE)
         given = spec.flatten_up_to(found)
         like = [None if g is None else x for x, g in zip(node.leaves(), given, strict=True)]
         return replace(node, value=node.fill(_call(_Scatter, node, tuple(like), *given)))
 
-    return optree.tree_map(scatter, params, grads, is_leaf=_is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+    return optree.tree_map(scatter, params, grads, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
 
 
 @torch.no_grad()
@@ -206,9 +202,9 @@ def unshard_params(tree: Any) -> Any:
     """
 
     def gather(node: Any) -> Any:
-        return node.fill(_whole(node, None, node.leaves())) if _is_pieces(node) else node
+        return node.fill(_whole(node, None, node.leaves())) if is_pieces(node) else node
 
-    return optree.tree_map(gather, tree, is_leaf=_is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+    return optree.tree_map(gather, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
 
 
 def _whole(node: Pieces, dtype: torch.dtype | None, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:

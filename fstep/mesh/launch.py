@@ -22,7 +22,7 @@ import torch
 from fstep.mesh.axis import Mesh, check_sizes, describe, make_mesh
 from fstep.mesh.processes import Processes
 from fstep.mesh.turns import ranks_simulated
-from fstep.mesh.wire import Place, explain
+from fstep.mesh.wire import Seat, explain
 
 
 @contextlib.contextmanager
@@ -66,8 +66,8 @@ def mesh_from_env(
     chosen = backend or (there if there in ("nccl", "gloo") else _default_backend())
     world = _join(chosen, timeout, sizes, mine)
     try:
-        yield make_mesh(sizes, world.place.rank, world.transport)
-        with explain("leaving the mesh", world.place, range(size)):
+        yield make_mesh(sizes, world.seat.rank, world.transport)
+        with explain("leaving the mesh", world.seat, range(size)):
             # Whoever left early would take the meeting point of the others along.
             dist.barrier(device_ids=[torch.cuda.current_device()] if chosen == "nccl" else None)
     except BaseException:
@@ -139,7 +139,7 @@ def _join(backend: str, timeout: float, sizes: dict[str, int], mine: bool) -> Pr
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     size = math.prod(sizes.values())
-    here = Place(dist.get_rank(), backend, timeout, [describe(sizes, rank) for rank in range(size)])
+    here = Seat(dist.get_rank(), backend, timeout, [describe(sizes, rank) for rank in range(size)])
     return Processes(here, keep=not mine)
 
 

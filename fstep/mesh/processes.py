@@ -25,7 +25,7 @@ from typing_extensions import override
 from fstep.mesh.transport import CHANNELS, Done, MeshError, Pending, Transport, check_channel, combine, kind, signature
 from fstep.mesh.wire import (
     TEXT,
-    Place,
+    Seat,
     Unpickled,
     Working,
     as_bytes,
@@ -45,19 +45,19 @@ _kept: dict[Any, dict[tuple[Any, ...], Any]] = {}
 class Processes:
     """The groups that this process has joined; ``keep`` them for the next mesh, in a torch.distributed that goes on."""
 
-    place: Place
+    seat: Seat
     keep: bool = False
     groups: dict[tuple[int, ...], ProcessTransport] = field(default_factory=dict)
 
     def transport(self, name: str, ranks: tuple[int, ...]) -> ProcessTransport:
         """Return what this rank uses to talk to ``ranks``; the first time, all of them make the groups together."""
         if ranks not in self.groups:
-            nccl = self.place.backend == "nccl"
-            with explain(f"making the process groups of axis {name!r}", self.place, ranks):
-                main = self._group(ranks, self.place.backend, name)
+            nccl = self.seat.backend == "nccl"
+            with explain(f"making the process groups of axis {name!r}", self.seat, ranks):
+                main = self._group(ranks, self.seat.backend, name)
                 channels = [self._group(ranks, "nccl", f"{name} {c}") if nccl else main for c in CHANNELS]
                 notes = self._group(ranks, "gloo", f"{name} notes") if nccl else main
-            self.groups[ranks] = ProcessTransport(self, name, ranks, ranks.index(self.place.rank), main, channels, notes)
+            self.groups[ranks] = ProcessTransport(self, name, ranks, ranks.index(self.seat.rank), main, channels, notes)
         return self.groups[ranks]
 
     def _group(self, ranks: tuple[int, ...], backend: str, description: str) -> Any:
@@ -66,14 +66,14 @@ class Processes:
         if self.keep and dist.group.WORLD not in _kept:
             _kept.clear()
         known = _kept.setdefault(dist.group.WORLD, {}) if self.keep else {}
-        key = (ranks, backend, self.place.timeout, description.partition(" ")[2])
+        key = (ranks, backend, self.seat.timeout, description.partition(" ")[2])
         if key not in known:
             # Only the members take part, so that axes of different stages need not be made in step. The description is what
             # NCCL's watchdog reports when it ends a process that waits for too long.
             known[key] = dist.new_group(
                 list(ranks),
                 backend=backend,
-                timeout=datetime.timedelta(seconds=self.place.timeout),
+                timeout=datetime.timedelta(seconds=self.seat.timeout),
                 use_local_synchronization=True,
                 group_desc=f"fstep axis {description}",
             )
@@ -109,20 +109,20 @@ class ProcessTransport(Transport):
     @property
     def native(self) -> bool:
         """Whether the backend adds by itself and runs ahead of us."""
-        return self.world.place.backend == "nccl"
+        return self.world.seat.backend == "nccl"
 
     def explain(self, action: str) -> contextlib.AbstractContextManager[None]:
         """Name this axis in errors."""
-        return explain(f"{action} over {self.name!r}", self.world.place, self.ranks)
+        return explain(f"{action} over {self.name!r}", self.world.seat, self.ranks)
 
     def _label(self, rank: int) -> str:
-        return self.world.place.labels[self.ranks[rank]]
+        return self.world.seat.labels[self.ranks[rank]]
 
     def _check(self, action: str, sign: str, x: Tensor) -> None:
         """Compare what the ranks are about to call."""
         if x.device.type != ("cuda" if self.native else "cpu"):
             raise ValueError(
-                f"{action}: x is on {x.device}, and axis {self.name!r} talks through {self.world.place.backend}; move x, or "
+                f"{action}: x is on {x.device}, and axis {self.name!r} talks through {self.world.seat.backend}; move x, or "
                 "start the mesh with the other backend"
             )
         if self.native:

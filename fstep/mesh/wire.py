@@ -21,7 +21,7 @@ TEXT = 256  # bytes of a call's text that ranks compare; of a message's text tha
 
 
 @dataclass(frozen=True)
-class Place:
+class Seat:
     """This process among all: its rank, what it talks through, how long it waits, and what the ranks are called."""
 
     rank: int
@@ -31,20 +31,20 @@ class Place:
 
 
 @contextlib.contextmanager
-def explain(action: str, place: Place, ranks: Sequence[int]) -> Iterator[None]:
+def explain(action: str, seat: Seat, ranks: Sequence[int]) -> Iterator[None]:
     """Say in an error of torch.distributed what was going on and between whom."""
     try:
         yield
     except MeshError:
         raise
     except RuntimeError as error:
-        others = [place.labels[r] for r in ranks if r != place.rank]
+        others = [seat.labels[r] for r in ranks if r != seat.rank]
         whom = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
         # Without the file it comes from, and what it says about logs after the first sentence.
         reason = re.sub(r"^\[\S+:\d+\] ", "", f"{error}".strip()).partition("\n")[0].partition(". ")[0]
         raise MeshError(
-            f"{place.labels[place.rank]}: {action} failed; one of {whom} has died or raised, or did not come within "
-            f"{place.timeout:g} seconds ({reason or type(error).__name__})"
+            f"{seat.labels[seat.rank]}: {action} failed; one of {whom} has died or raised, or did not come within "
+            f"{seat.timeout:g} seconds ({reason or type(error).__name__})"
         ) from error
 
 

@@ -70,6 +70,19 @@ def _chunk(vocab: int, itemsize: int) -> int:
     return min(1024, max(128, CHUNK_BYTES // (vocab * itemsize)))
 
 
+def _through_product(
+    d: Tensor, hidden: Tensor, weight: Tensor, temperature: float, d_hidden: Tensor | None, d_weight: Tensor | None
+) -> None:
+    """Pull the gradient ``d`` of some tokens' logits, used up here, back to hidden states (written) and weight (added)."""
+    if temperature != 1.0:
+        d /= temperature
+    d = d.to(hidden.dtype)
+    if d_hidden is not None:
+        d_hidden.copy_(d @ weight)
+    if d_weight is not None:
+        d_weight += d.T @ hidden
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -131,13 +144,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             else:
                 d = logits.sub_(lse).exp_().mul_(-g)
             d.scatter_add_(-1, torch.where(counted, labels[at, None], 0), g)
-            if ctx.temperature != 1.0:
-                d /= ctx.temperature
-            d = d.to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[at] = d @ weight
-            if d_weight is not None:
-                d_weight += d.T @ h
+            _through_product(d, h, weight, ctx.temperature, None if d_hidden is None else d_hidden[at], d_weight)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 

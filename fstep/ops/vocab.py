@@ -143,13 +143,7 @@ class _ChunkedVocabLogprobs(Function):
             else:
                 d = logp_all.exp_().mul_(-g)
             d.scatter_add_(-1, torch.where(here, y - first, 0), torch.where(here, g, 0))
-            if ctx.temperature != 1.0:
-                d /= ctx.temperature
-            d = d.to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[at] = d @ weight
-            if d_weight is not None:
-                d_weight += d.T @ h
+            head._through_product(d, h, weight, ctx.temperature, None if d_hidden is None else d_hidden[at], d_weight)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *nothing
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,14 +48,17 @@ def batches(sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
     return out
 
 
-def stage(params: Params, x: Any, mb: Any) -> dict[str, Any]:
+def layer(p: Params, h: Tensor) -> Tensor:
+    return h + torch.tanh(h @ p["a"].T + p["b"]) @ p["c"] * p["s"] + 0.1 * p["s"]
+
+
+def stage(params: Params, x: Any, mb: Any, run: Callable[[Params, Tensor], Tensor] = layer) -> dict[str, Any]:
     """Embed if nothing was sent, then run the layers that are there; the payload is a tree with an integer tensor."""
     if x is None:
         x = {"h": params["embed"][mb["tokens"]], "count": torch.zeros((), dtype=torch.int64), "note": "hello"}
     h, count = x["h"], x["count"]
     for i in sorted(params.get("layers", {})):
-        p = params["layers"][i]
-        h = h + torch.tanh(h @ p["a"].T + p["b"]) @ p["c"] * p["s"] + 0.1 * p["s"]
+        h = run(params["layers"][i], h)
         count = count + 1
     return {"h": h, "count": count, "note": x["note"]}
 
@@ -319,18 +323,9 @@ def test_rematerialised_stages_are_computed_twice_and_no_more(schedule: str) -> 
 
     def block(p: Params, h: Tensor) -> Tensor:
         calls.append(1)
-        return h + torch.tanh(h @ p["a"].T + p["b"]) @ p["c"] * p["s"] + 0.1 * p["s"]
+        return layer(p, h)
 
-    again = fstep.remat(block)
-
-    def rematerialised(params: Params, x: Any, mb: Any) -> Any:
-        x = stage({**params, "layers": {}}, x, mb)
-        h = x["h"]
-        for i in sorted(params["layers"]):
-            h = again(params["layers"][i], h)
-        return {**x, "h": h, "count": x["count"] + len(params["layers"])}
-
-    results = pipelined(schedule, 2, params, mbs, rematerialised)
+    results = pipelined(schedule, 2, params, mbs, partial(stage, run=fstep.remat(block)))
     assert len(calls) == 2 * LAYERS * len(mbs)
     assert all(torch.equal(got.num, want.num) for (got, _), _ in results)
     got = gradients(results)
@@ -343,17 +338,7 @@ def test_compiled_stages(schedule: str) -> None:
     _, want = alone(params, mbs)
     torch.compiler.reset()
 
-    @torch.compile(backend="aot_eager")
-    def block(p: Params, h: Tensor) -> Tensor:
-        return h + torch.tanh(h @ p["a"].T + p["b"]) @ p["c"] * p["s"] + 0.1 * p["s"]
-
-    def compiled(params: Params, x: Any, mb: Any) -> Any:
-        x = stage({**params, "layers": {}}, x, mb)
-        h = x["h"]
-        for i in sorted(params["layers"]):
-            h = block(params["layers"][i], h)
-        return {**x, "h": h, "count": x["count"] + len(params["layers"])}
-
+    compiled = partial(stage, run=torch.compile(layer, backend="aot_eager"))
     assert_trees_close(gradients(pipelined(schedule, 2, params, mbs, compiled)), want, rtol=1e-12, atol=1e-14)
 
 
