@@ -45,10 +45,45 @@ CALLS = {
     "pp_forward_backward: loss_fn is a NoneType": lambda: fstep.pp_forward_backward(identity, None, {"w": X}, [X]),
     "pp_forward_backward: stage_fn is a dict": lambda: fstep.pp_forward_backward({}, identity, {"w": X}, [X]),
     "pp_forward: axis is a str": lambda: fstep.pp_forward(identity, identity, {"w": X}, [X], axis="pp"),
+    "stage_ranks: ranks is a Axis": lambda: fstep.stage_ranks("1f1b", fstep.Mesh().pp),
     "Tied: to is a int": lambda: fstep.Tied(3),
     "Dense.stage: mesh is a str": lambda: Dense.stage(None, "mesh"),
     "Mesh: dp is a int": lambda: fstep.Mesh(dp=2),
 }
+
+# A name, or the whole mesh, in place of one of its axes.
+ROW = torch.zeros(3, 1, 8)
+OF_AN_AXIS = {
+    "psum": lambda axis: fstep.psum(X, axis=axis),
+    "pvary": lambda axis: fstep.pvary(X, axis=axis),
+    "pmax": lambda axis: fstep.pmax(X, axis=axis),
+    "as_partial": lambda axis: fstep.as_partial(X, axis=axis),
+    "all_gather": lambda axis: fstep.all_gather(X, axis=axis, grad="sum"),
+    "reduce_scatter": lambda axis: fstep.reduce_scatter(X, axis=axis),
+    "take_shard": lambda axis: fstep.take_shard(X, axis=axis),
+    "all_to_all": lambda axis: fstep.all_to_all(X, axis=axis, split_dim=0, concat_dim=1),
+    "ppermute": lambda axis: fstep.ppermute(X, 1, axis=axis),
+    "broadcast": lambda axis: fstep.broadcast(X, axis=axis, src=0, grad="sum"),
+    "cp_shard": lambda axis: fstep.cp_shard(PACKED, axis=axis),
+    "cp_unshard": lambda axis: fstep.cp_unshard(X, PACKED, axis=axis, grad="sum"),
+    "cp_gather_logprobs": lambda axis: fstep.cp_gather_logprobs(X[:, 0], PACKED, axis=axis, grad="sum"),
+    "cp_attention": lambda axis: fstep.cp_attention(ROW, ROW, ROW, PACKED.cu_seqlens_padded, axis=axis, max_seqlen=3),
+    "tp_gather": lambda axis: fstep.tp_gather(X, axis=axis),
+    "tp_scatter": lambda axis: fstep.tp_scatter(X, axis=axis),
+    "tp_row_linear": lambda axis: fstep.tp_row_linear(X, X, axis=axis),
+    "tp_embed": lambda axis: fstep.tp_embed(PACKED.tokens, X, axis=axis),
+    "tp_local": lambda axis: fstep.tp_local({"w": X}, axis=axis),
+    "tp_head_logits": lambda axis: fstep.tp_head_logits(X, X, axis=axis),
+    "tp_token_logprobs": lambda axis: fstep.tp_token_logprobs(X, X, PACKED.labels, axis=axis),
+    "shard_params": lambda axis: fstep.shard_params({"w": X}, axis),
+}
+
+
+@pytest.mark.parametrize("wrong", ["dp", fstep.Mesh()], ids=["name", "mesh"])
+@pytest.mark.parametrize("name", OF_AN_AXIS)
+def test_what_is_no_axis_is_named(name: str, wrong: object) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: axis is a {type(wrong).__name__}; pass "):
+        OF_AN_AXIS[name](wrong)
 
 
 @pytest.mark.parametrize("said", CALLS)

@@ -68,6 +68,7 @@ def stage_ranks(schedule: ScheduleLike, ranks: int) -> tuple[int, ...]:
     >>> fstep.stage_ranks("1f1b", 2), fstep.stage_ranks("interleaved", 2), fstep.stage_ranks(fstep.zbv, 2)
     ((0, 1), (0, 1, 0, 1), (0, 1, 1, 0))
     """
+    check_type("stage_ranks", "ranks", ranks, int, "a number of ranks, e.g. mesh.pp.size")
     # Which rank has which stage does not depend on the number of microbatches; this many are enough for all.
     number = schedule.microbatches if isinstance(schedule, Schedule) else 2 * ranks
     return schedule_for("stage_ranks", schedule, ranks, number).rank_of

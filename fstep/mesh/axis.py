@@ -199,6 +199,11 @@ def check_sizes(function: str, **sizes: int) -> dict[str, int]:
     return {name: sizes[name] for name in ORDER}
 
 
+def check_axis(function: str, axis: object) -> None:
+    """Refuse what is no axis: a name, a number or a whole mesh."""
+    check_type(function, "axis", axis, Axis, "an axis of the mesh, e.g. mesh.dp")
+
+
 def require_single(function: str, axis: Axis) -> None:
     """Refuse an axis that this release cannot communicate over.
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fstep.mesh import exchange as ex
-from fstep.mesh.axis import Axis
+from fstep.mesh.axis import Axis, check_axis
 from fstep.tree import tree_map
 
 Grad = Literal["sum", "slice"]
@@ -213,6 +213,7 @@ def ppermute(x: Any, to: int | Sequence[int], *, axis: Axis) -> Any:
     >>> fstep.simulate(lambda mesh: int(fstep.ppermute(torch.tensor(mesh.cp.rank), 1, axis=mesh.cp)), cp=3)
     [2, 0, 1]
     """
+    check_axis("ppermute", axis)
     dst = ex.permutation(to, axis)
     return _each("ppermute", x, axis, lambda leaf: ex.permute(leaf, axis, dst))
 
@@ -230,6 +231,7 @@ def broadcast(x: Any, *, axis: Axis, src: int, grad: Grad) -> Any:
     >>> fstep.simulate(lambda mesh: int(fstep.broadcast(torch.tensor(mesh.rank), axis=mesh.pp, src=1, grad="slice")), pp=2)
     [1, 1]
     """
+    check_axis("broadcast", axis)
     check_grad("broadcast", grad)
     if not 0 <= src < axis.size:
         raise ValueError(f"broadcast: src is {src}, and axis {axis.name!r} has ranks 0 to {axis.size - 1}")
@@ -256,6 +258,7 @@ def _each(
     adds: bool = False,
 ) -> Any:
     """Check every leaf, on any axis, and map ``f`` over the leaves if there is somebody to talk to."""
+    check_axis(function, axis)
 
     def check(leaf: Any) -> None:
         if not isinstance(leaf, Tensor):

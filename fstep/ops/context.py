@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fstep.batch.packed import Packed
 from fstep.mesh import exchange as ex
-from fstep.mesh.axis import Axis
+from fstep.mesh.axis import Axis, check_axis
 from fstep.mesh.collectives import Grad, all_gather, check_grad
 from fstep.ops import zigzag
 from fstep.ops.attention import attend, causal, check_attention, check_method, packed_attention
@@ -48,6 +48,7 @@ def cp_shard(packed: Packed, *, axis: Axis) -> Packed:
     [[1, 2, 7, 8, 9, 0], [3, 4, 5, 6, 10, 0]]
     """
     check_type("cp_shard", "packed", packed, Packed, "what pack_thd returns")
+    check_axis("cp_shard", axis)
     if packed.parts > 1:
         raise ValueError(f"cp_shard: the row is one of {packed.parts} shards already; pass what pack_thd returns")
     if axis.size == 1:
@@ -94,6 +95,7 @@ def cp_unshard(x: Any, packed: Packed, *, axis: Axis, grad: Grad) -> Any:
 def _unshard(function: str, x: Any, packed: Packed, axis: Axis, grad: Grad) -> Any:
     check_grad(function, grad)
     check_type(function, "packed", packed, Packed, "what cp_shard returns")
+    check_axis(function, axis)
     if packed.parts != axis.size:
         has = "a whole row" if packed.parts == 1 else f"one of {packed.parts} shards"
         raise ValueError(
@@ -192,6 +194,7 @@ def cp_attention(
     if method not in METHODS:
         raise ValueError(f"cp_attention: method {method!r} is unknown; pass one of {', '.join(METHODS)}")
     check_method("cp_attention", "kernel", kernel)
+    check_axis("cp_attention", axis)
     q, k, v, cu = q_THD, k_THD, v_THD, cu_seqlens
     if axis.size == 1:
         return packed_attention(q, k, v, cu, max_seqlen=max_seqlen, window=window, scale=scale, method=kernel)

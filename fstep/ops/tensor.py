@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fstep.mesh import exchange as ex
-from fstep.mesh.axis import Axis
+from fstep.mesh.axis import Axis, check_axis
 from fstep.mesh.collectives import all_gather, reduce_scatter
 from fstep.mesh.place import Copied, Range, Shard
 from fstep.ops.layers import check_ids, embed, linear
@@ -50,6 +50,7 @@ def tp_gather(x: Any, *, axis: Axis, tokens: int | None = None) -> Tensor:
     [tensor([0, 1, 2]), tensor([0, 1, 2])]
     """
     check_type("tp_gather", "x", x, Tensor, "a tensor [tokens, ...]")
+    check_axis("tp_gather", axis)
     if tokens is not None and len(x) != shard_length(tokens, axis):
         raise ValueError(
             f"tp_gather: x has {len(x)} rows, and a shard of {tokens} tokens over axis {axis.name!r} of size {axis.size} "
@@ -72,6 +73,7 @@ def tp_scatter(x: Tensor, *, axis: Axis) -> Tensor:
     [tensor([1, 3]), tensor([5, 0])]
     """
     check_type("tp_scatter", "x", x, Tensor, "a tensor [tokens, ...]")
+    check_axis("tp_scatter", axis)
     if axis.size == 1:
         return x
     if more := -len(x) % axis.size:
@@ -98,6 +100,7 @@ def tp_row_linear(x: Tensor, weight: Any, bias: Tensor | None = None, *, axis: A
     >>> fstep.simulate(f, tp=2)
     [tensor([[21.5000]]), tensor([[43.5000]])]
     """
+    check_axis("tp_row_linear", axis)
     if isinstance(weight, Shard):
         part_of("tp_row_linear", weight, axis, dim=1)
         weight = weight.value
@@ -133,6 +136,7 @@ def tp_embed(tokens: Tensor, weight: Any, *, axis: Axis) -> Tensor:
 
 def part_of(function: str, weight: Any, axis: Axis, *, dim: int) -> tuple[Tensor, Range, int]:
     """Return the tensor, the span and the whole length of a weight cut along ``dim``; refuse one that is cut otherwise."""
+    check_axis(function, axis)
     if isinstance(weight, Copied):
         weight = weight.value
     if isinstance(weight, Tensor) and axis.size == 1:
@@ -169,6 +173,7 @@ def tp_local(tree: Any, *, axis: Axis) -> Any:
     >>> [(g["norm"], g["q"].value) for g in fstep.simulate(f, tp=2)]
     [(tensor(3.), tensor([1.])), (tensor(3.), tensor([1.]))]
     """
+    check_axis("tp_local", axis)
     if axis.size == 1:
         return tree
 
