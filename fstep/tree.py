@@ -284,7 +284,7 @@ class Tied:
     """Stands where a parameter would be that is another one: it has no leaf, so it cannot be trained apart.
 
     A model whose head is its embedding has ``params["head"] == Tied("embed")``: one leaf, one gradient, one optimizer
-    state. ``to`` is the path of the parameter that is shared.
+    state. ``to`` is the path of the parameter that is shared; look it up there, ``params[params["head"].to]``.
 
     >>> import torch, fstep
     >>> fstep.tree_paths({"embed": torch.ones(2, 2), "head": fstep.Tied("embed")})

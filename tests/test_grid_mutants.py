@@ -12,7 +12,7 @@ import torch
 import fstep.mesh.exchange as exchange
 import fstep.update.reduce as reduce
 from fstep import Ratio
-from fstep.grad import pipeline
+from fstep.grad import own, pipeline
 from fstep.grad.interpret import Run
 from tests.grid import CASES, alone, compare
 
@@ -20,8 +20,8 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def scaled(factor: float) -> Patch:
-    real = pipeline.read_grads
-    return lambda mp: mp.setattr(pipeline, "read_grads", lambda leaves: [g * factor for g in real(leaves)])
+    real = own.read_grads
+    return lambda mp: mp.setattr(own, "read_grads", lambda leaves: [g * factor for g in real(leaves)])
 
 
 def averaged(mp: pytest.MonkeyPatch) -> None:

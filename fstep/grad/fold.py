@@ -173,8 +173,12 @@ class _Layer:
     def start_sum(self, grads: Sequence[Tensor | None]) -> None:
         """Start to sum gradients of the whole parameters, those of all nodes in a row."""
         rest = iter(grads)
-        parts = [[next(rest) for _ in node.slots] for node in self.nodes]
-        self.sums = [start_sum(*each) for each in zip(self.nodes, self.like, parts, strict=True)]
+        self.sums = []
+        for node, like in zip(self.nodes, self.like, strict=True):
+            part = [next(rest) for _ in node.slots]
+            if node.wholes is not None:
+                node.wholes.add(part, like)
+            self.sums.append([None for _ in node.parts] if node.wholes is not None else start_sum(node, like, part))
 
     def finish_sum(self) -> list[Tensor | None]:
         """Return the gradients of the pieces."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import optree
 
+from fstep.grad.own import find, put
 from fstep.grad.schedule import Schedule
 from fstep.mesh.axis import Axis
 from fstep.mesh.place import Stages
@@ -36,25 +37,10 @@ def _with_tied(function: str, part: Any, parts: Mapping[int, Any]) -> Any:
     leaves = optree.tree_leaves(part, lambda x: isinstance(x, Tied), none_is_leaf=True, namespace=NAMESPACE)
     for tied in (x for x in leaves if isinstance(x, Tied)):
         keys = tied.to.split(".")
-        if _find(part, keys) is not None:
+        if find(part, keys) is not None:
             continue
-        found = [x for x in (_find(other, keys) for other in parts.values()) if x is not None]
+        found = [x for x in (find(other, keys) for other in parts.values()) if x is not None]
         if not found:
             raise ValueError(f"{function}: params are tied to {tied.to!r}, which this rank has not; give it a Copied")
-        part = _put(part, keys, found[0])
+        part = put(part, keys, found[0])
     return part
-
-
-def _find(tree: Any, keys: list[str]) -> Any:
-    for key in keys:
-        tree = {str(k): v for k, v in tree.items()}.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def _put(tree: Any, keys: list[str], value: Any) -> Any:
-    """Return a tree of dicts with one more entry."""
-    if not keys:
-        return value
-    names = {str(k): k for k in tree}
-    key = names.get(keys[0], keys[0])
-    return {**tree, key: _put(tree.get(key, {}), keys[1:], value)}

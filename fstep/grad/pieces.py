@@ -43,13 +43,32 @@ class Slot:
         return self.start + prod(self.shape)
 
 
+class Wholes:
+    """Where one call adds up the whole gradients of a unit, until it sums them over the ranks."""
+
+    def __init__(self, slots: int) -> None:
+        self.grads: list[Tensor | None] = [None] * slots
+
+    def add(self, grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> None:
+        """Add gradients of whole parameters, in the dtype of the pieces, where the piece's is wanted."""
+        for at, (grad, piece) in enumerate(zip(grads, like, strict=True)):
+            if grad is None or piece is None:
+                continue
+            held = self.grads[at]
+            if held is None:  # a copy: autograd may hand one tensor to two leaves
+                self.grads[at] = grad.to(piece.dtype, copy=True)
+            else:
+                held += grad
+
+
 @dataclass(frozen=True)
 class Pieces:
     """A unit of parameters of which this rank holds a part: the ZeRO node. `shard_params` makes it.
 
     ``value`` is the unit's tree with this rank's 1-D piece of each parameter. ``axis`` has the ranks that hold the other
     parts, ``slots`` says of each leaf where in the flat buffers it is, and ``parts`` how many elements of each buffer a rank
-    holds. ``dtype`` is what is gathered, ``reduce_dtype`` what gradients are summed in (``None``: the pieces' own).
+    holds. ``dtype`` is what is gathered, ``reduce_dtype`` what gradients are summed in (``None``: the pieces' own), ``sums``
+    how often. ``wholes`` is where a call adds up whole gradients that are summed once a step.
 
     >>> import torch, fstep
     >>> params = {"layers": {0: {"norm": torch.ones(8), "q": torch.ones(4, 8)}}}
@@ -66,6 +85,8 @@ class Pieces:
     parts: tuple[int, ...]
     dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    sums: str = "microbatch"
+    wholes: Wholes | None = None
 
     def span(self, slot: Slot, rank: int | None = None) -> Range:
         """Return the elements of a parameter that a rank holds, this one by default."""
@@ -103,7 +124,7 @@ class Pieces:
 
 
 def _flatten(node: Pieces) -> tuple[list[Any], Any]:
-    return [node.value], (node.axis, node.slots, node.parts, node.dtype, node.reduce_dtype)
+    return [node.value], (node.axis, node.slots, node.parts, node.dtype, node.reduce_dtype, node.sums, node.wholes)
 
 
 def _unflatten(children: Iterable[Any], context: tuple[Any, ...]) -> Pieces:

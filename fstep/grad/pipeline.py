@@ -23,15 +23,13 @@ from fstep.grad.autodiff import (
     Predicate,
     backward_into,
     detach,
-    private_leaf,
-    read_grads,
     refuse_inference_mode,
-    split_trainable,
     value_and_grad,
 )
 from fstep.grad.by_name import ScheduleLike, schedule_for
 from fstep.grad.interpret import Metrics, Run, add_up, join_stages
 from fstep.grad.messages import broadcast_results, sum_ratios, tensors_of
+from fstep.grad.own import Own
 from fstep.grad.parts import stage_parts
 from fstep.grad.schedule import Schedule
 from fstep.mesh.axis import Axis
@@ -39,7 +37,7 @@ from fstep.mesh.exchange import transport
 from fstep.mesh.place import Stages
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
-from fstep.tree import check_callable, check_type, tree_leaves, tree_map, tree_merge, tree_replace_leaves
+from fstep.tree import check_callable, check_type, tree_map
 
 Loss = Ratio | tuple[Ratio, Metrics]
 
@@ -196,18 +194,16 @@ def pp_forward_backward(
             total, grads = _add_pair(total, pair), _add(grads, new)
     else:
         refuse_inference_mode("pp_forward_backward")
-        pick, rest = split_trainable(params, trainable, none_is_fine=axis.size > 1)
         with torch.enable_grad():
-            leaves = [private_leaf(x, recording=False) for x in tree_leaves(pick)]
-            private = tree_merge(tree_replace_leaves(pick, leaves), detach(rest))
+            own = Own(params, trainable, none_is_fine=axis.size > 1)
             if table is None:
                 for microbatch in microbatches:
-                    pair = _run(stage_fn, loss_fn, private, microbatch)
-                    backward_into([pair[0].num], [torch.ones_like(pair[0].num)], leaves)
+                    pair = _run(stage_fn, loss_fn, own.tree, microbatch)
+                    backward_into([pair[0].num], [torch.ones_like(pair[0].num)], own.leaves)
                     total = _add_pair(total, detach(pair))
             else:
-                total = _run_table(table, stage_fn, loss_fn, private, microbatches, axis)
-        grads = tree_replace_leaves(pick, read_grads(leaves))
+                total = _run_table(table, stage_fn, loss_fn, own.tree, microbatches, axis)
+        grads = own.grads()
 
     loss, metrics = total
     return ((loss, metrics) if metrics else loss), grads

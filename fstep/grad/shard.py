@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import optree
 import torch
@@ -28,6 +28,7 @@ from fstep.tree import NAMESPACE, check_type, path_name
 
 # The axes over which gradients are partial sums, by the names that `Mesh` gives them and their union.
 DATA = ("dp", "cp", "dp+cp")
+SUMS = ("microbatch", "step")
 
 
 def _whole_layer(path: str) -> bool:
@@ -41,6 +42,7 @@ def shard_params(
     *,
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    sums: Literal["microbatch", "step"] = "microbatch",
     units: Callable[[str], bool] = _whole_layer,
 ) -> Any:
     """Cut every unit of ``params`` over ``axis``: each becomes a `Pieces` with this rank's part of its parameters.
@@ -54,6 +56,10 @@ def shard_params(
     ``dtype`` is what floating-point parameters are gathered in, by default their own; give it what the model computes in,
     and half as much is moved. ``reduce_dtype`` is what gradients are summed in, by default that of the piece: with float32
     pieces gathered in bfloat16, the sum is in float32. Gradients arrive in the dtype of the piece either way.
+
+    ``sums`` says when `pp_forward_backward` sums gradients over the ranks: after every "microbatch", so that a rank never
+    holds more than a unit's whole gradients, or once a "step", which moves less where there are many microbatches, needs
+    memory for all whole gradients, and adds in the order of plain data parallel: the results have the same bits.
 
     Inputs: params *replicated* over the axis. Outputs: *shards* of them, copies, the pieces of a unit being views of one
     buffer. ``axis`` is that of the ranks with different documents or tokens: ``mesh.over("dp", "cp")``, or one of the two.
@@ -71,6 +77,8 @@ def shard_params(
     for name, value in (("dtype", dtype), ("reduce_dtype", reduce_dtype)):
         if value is not None and not value.is_floating_point:
             raise TypeError(f"shard_params: {name} is {value}; pass a floating-point dtype, or None")
+    if sums not in SUMS:
+        raise ValueError(f"shard_params: sums is {sums!r}; pass one of {', '.join(map(repr, SUMS))}")
     # Ranks of tp or pp hold other parameters, or sum gradients of their own: pieces of unlike things would be put together.
     if axis.name not in DATA:
         raise ValueError(
@@ -84,7 +92,7 @@ def shard_params(
         return params
 
     def cut(unit: Any, name: str) -> Any:
-        return _cut(unit, name, axis, dtype, reduce_dtype)
+        return _cut(unit, name, axis, dtype, reduce_dtype, sums)
 
     return _visit(params, (), units, cut)
 
@@ -107,7 +115,7 @@ def _visit(tree: Any, path: tuple[Any, ...], units: Callable[[str], bool], cut: 
 
 
 @torch.no_grad()
-def _cut(unit: Any, name: str, axis: Axis, dtype: Any, reduce_dtype: Any) -> Any:
+def _cut(unit: Any, name: str, axis: Axis, *options: Any) -> Any:
     leaves = optree.tree_leaves(unit, none_is_leaf=True, namespace=NAMESPACE)
     for leaf in leaves:
         if leaf is not None and not isinstance(leaf, Tensor):
@@ -121,7 +129,7 @@ def _cut(unit: Any, name: str, axis: Axis, dtype: Any, reduce_dtype: Any) -> Any
                 )
     if all(leaf is None for leaf in leaves):
         return unit
-    node = Pieces(unit, axis, *lay_out(leaves, axis.size), dtype, reduce_dtype)
+    node = Pieces(unit, axis, *lay_out(leaves, axis.size), *options)
     buffers: dict[int, Tensor] = {}
     pieces: list[Tensor | None] = []
     for leaf, slot in zip(leaves, node.slots, strict=True):
@@ -232,6 +240,9 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if ctx.node.wholes is not None:
+            ctx.node.wholes.add(grads, ctx.like)
+            return None, None, *(None for _ in grads)
         return None, None, *_call(_Scatter, ctx.node, ctx.like, *grads)
 
 

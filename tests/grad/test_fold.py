@@ -16,6 +16,7 @@ from torch import Tensor
 import fstep
 import fstep.testing
 from fstep import Mesh, Stages
+from fstep.grad import fold, own, shard
 from fstep_models.dense import Config, Dense
 from tests.grad.zero_cases import (
     LAYERS,
@@ -378,16 +379,20 @@ CONFIG = Config(
 
 @pytest.mark.parametrize("sizes", [{"dp": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}, {"dp": 2, "cp": 2, "tp": 2}], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_dense_steps_have_the_bits_of_the_plain_ones(sizes: dict[str, int], tied: bool) -> None:
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_dense_steps_have_the_bits_of_the_plain_ones(sizes: dict[str, int], tied: bool, microbatches: int) -> None:
+    """Over several microbatches too, if gradients are summed over the ranks once a step, as plain data parallel does."""
+
     def run(mesh: Mesh, cut: bool) -> Any:
         model = Dense(dataclasses.replace(CONFIG, tied=tied), remat="full" if cut else "none")
         params = model.init(fstep.Key.seed(3), mesh=mesh, dtype=torch.float64)
         if cut:
-            params = fstep.shard_params(params, mesh.over("dp", "cp"))
+            sums = "microbatch" if microbatches == 1 and not tied else "step"
+            params = fstep.shard_params(params, mesh.over("dp", "cp"), sums=sums)
         state = fstep.init_state(params, fstep.AdamW(weight_decay=0.1, decay=fstep.matrices))
-        docs = fstep.make_docs([fstep.Key.seed(i).permutation(29)[:n] for i, n in enumerate((9, 4, 12, 7))])
-        packed = fstep.pack_thd(fstep.divide_documents(docs, axis=mesh.dp), multiple_of=2 * mesh.cp.size)
-        batch = [fstep.cp_shard(packed, axis=mesh.cp)]
+        docs = fstep.make_docs([fstep.Key.seed(i).permutation(29)[:n] for i, n in enumerate((9, 4, 12, 7, 3, 8))])
+        split = fstep.split_microbatches(docs, num=microbatches, axis=mesh.dp)
+        batch = [fstep.cp_shard(fstep.pack_thd(mb, multiple_of=2 * mesh.cp.size), axis=mesh.cp) for mb in split]
 
         def loss(p: Any, x: Tensor, mb: fstep.Packed) -> fstep.Ratio:
             return fstep.sft_loss(model.logprobs(p, x, mb, mesh=mesh), mb.weights)
@@ -400,10 +405,33 @@ def test_dense_steps_have_the_bits_of_the_plain_ones(sizes: dict[str, int], tied
 
     plain, ours = (fstep.simulate(lambda mesh, cut=cut: run(mesh, cut), **sizes) for cut in (False, True))
     for a, b in zip(plain, ours, strict=True):
-        if not tied or "pp" in sizes:
-            assert_same_bits(b[0], a[0])
-        # A tied parameter that a stage gathers twice, as embedding and as head, has its gradient summed in two parts.
+        assert_same_bits(b[0], a[0])
         fstep.testing.assert_trees_close(b, a, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("sums", "times"), [("microbatch", 3), ("step", 1)])
+def test_how_often_gradients_are_summed(sums: Any, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every unit, gathered by `fold_layers` or by `gather_params`, once a microbatch or once a step."""
+    calls: list[str] = []
+    for module in (fold, shard, own):
+        real = module.start_sum
+        monkeypatch.setattr(module, "start_sum", lambda *a, real=real: (calls.append(""), real(*a))[1])
+
+    def run(mesh: Mesh) -> Any:
+        params = fstep.shard_params({"layers": {0: {"w": torch.ones(3)}}, "head": torch.ones(3)}, mesh.dp, sums=sums)
+
+        def stage(p: Any, x: Any, mb: Tensor) -> Tensor:
+            return fstep.fold_layers(lambda i, layer, x: x * layer["w"], p["layers"], mb)
+
+        def loss(p: Any, x: Tensor, mb: Tensor) -> fstep.Ratio:
+            return fstep.Ratio((x * fstep.gather_params(p["head"])).sum(), torch.tensor(1.0))
+
+        mbs = [torch.full((3,), mesh.dp.rank + k + 1.0) for k in range(3)]
+        return fstep.unshard_params(fstep.pp_forward_backward(stage, loss, params, mbs)[1])
+
+    for grads in fstep.simulate(run, dp=2):
+        assert grads["layers"][0]["w"].tolist() == grads["head"].tolist() == [1 + 2 + 3 + 2 + 3 + 4] * 3
+    assert len(calls) == 2 * 2 * times
 
 
 def test_more_ranks_than_elements() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fstep
-from fstep.grad import pipeline
+from fstep.grad import own, pipeline
 from fstep.grad.pipeline import pp_forward, pp_forward_backward
 from fstep.mesh.axis import Axis, Mesh
 from fstep.ratio import Ratio
@@ -433,6 +433,7 @@ def test_mutants_die(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = by_hand(p, batches, aux=True)
     check(pp_forward_backward(stage_aux, loss, p, batches), expected)
     name, change = MUTANTS[mutant]
-    monkeypatch.setattr(pipeline, name, change(getattr(pipeline, name)))
+    module = own if name == "read_grads" else pipeline
+    monkeypatch.setattr(module, name, change(getattr(module, name)))
     with pytest.raises(AssertionError, match="not close"):
         check(pp_forward_backward(stage_aux, loss, p, batches), expected)

@@ -75,7 +75,7 @@ def stage_aux(params: Params, x: Any, mb: Any) -> tuple[Any, dict[str, Ratio]]:
 
 def loss(params: Params, x: Any, mb: Any) -> tuple[Ratio, dict[str, Ratio]]:
     assert int(x["count"]) == LAYERS and x["note"] == "hello"
-    head = params["embed"] if isinstance(params["head"], Tied) else params["head"]
+    head = params[params["head"].to] if isinstance(params["head"], Tied) else params["head"]
     logp = (x["h"] @ head.T).log_softmax(-1).gather(-1, mb["labels"][:, None])[:, 0]
     weight = mb["weights"].sum()
     return Ratio(-(logp * mb["weights"]).sum(), weight), {"top": Ratio(logp.detach().sum(), torch.tensor(1.0))}
@@ -138,8 +138,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("schedule", "ranks", "sizes"), CASES)
-def test_a_pipeline_is_one_process_to_the_bit(schedule: str, ranks: int, sizes: tuple[int, ...]) -> None:
-    params, mbs = whole(), batches(sizes)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_pipeline_is_one_process_to_the_bit(schedule: str, ranks: int, sizes: tuple[int, ...], tied: bool) -> None:
+    params, mbs = whole(tied), batches(sizes)
     (want, metrics), want_grads = alone(params, mbs)
     results = pipelined(schedule, ranks, params, mbs)
     for (got, got_metrics), _ in results:

@@ -170,6 +170,7 @@ def test_bad_input() -> None:
     raises(TypeError, "shard_params: axis is a Mesh; pass an axis of the mesh", lambda m: fstep.shard_params({}, m))
     raises(TypeError, "shard_params: dtype is torch.int8; pass a floating", lambda m: sharded(m, dtype=torch.int8))
     raises(TypeError, "shard_params: reduce_dtype is torch.int8", lambda m: sharded(m, reduce_dtype=torch.int8))
+    raises(ValueError, "shard_params: sums is 'layer'; pass one of 'microbatch', 'step'", lambda m: sharded(m, sums="layer"))
     raises(TypeError, "shard_params: a leaf of 'w' is a float; pass a tree", lambda m: fstep.shard_params({"w": 1.0}, m.dp))
     raises(
         ValueError,
