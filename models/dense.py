@@ -206,7 +206,9 @@ class Dense:
                 p = fstep.tp_local(p, axis=mesh.tp)
                 return run_block(p, x, cos, sin, mb.cu_seqlens_padded, mb.max_seqlen, self.config.windows[i], self, mesh)
 
-            return fstep.fold_layers(layer, params.get("layers", {}), x)
+            head = params.get("head")
+            ahead = params.get("norm"), params.get(head.to) if isinstance(head, Tied) else head
+            return fstep.fold_layers(layer, params.get("layers", {}), x, ahead=ahead)
 
         return run
 

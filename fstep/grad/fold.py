@@ -30,18 +30,21 @@ from torch.autograd import Function
 
 from fstep.grad.messages import tensors_of
 from fstep.grad.pieces import Gathering, Pieces, finish_sum, is_pieces, start_gather, start_sum, wholes
-from fstep.grad.shard import gather_params
+from fstep.grad.shard import gather_ahead, gather_params
 from fstep.trace import in_transform
 from fstep.tree import NAMESPACE, check_callable, check_type, tree_leaves, tree_replace_leaves
 
 
-def fold_layers(f: Callable[[int, Any, Any], Any], layers: Mapping[int, Any], x: Any) -> Any:
+def fold_layers(f: Callable[[int, Any, Any], Any], layers: Mapping[int, Any], x: Any, *, ahead: Any = None) -> Any:
     """Compute ``for i in sorted(layers): x = f(i, layers[i], x)``, with layers that `shard_params` cut whole inside f.
 
     While a layer computes the next one is gathered; afterwards its memory is free. In the backward pass layers are gathered
     again, and gradients are summed over the ranks while the layer before computes: two layers are whole at any time, and the
     last one from its forward to its backward. ``x`` is a tree with tensors. `remat` of f, frozen layers and frozen leaves,
     `torch.no_grad` and torch.compile of f work as without.
+
+    ``ahead`` is what comes behind the layers, a head say: inside `pp_forward_backward` its gather begins while the last
+    layer computes, for `gather_params` to wait for.
 
     All ranks of the axis have to come by, also one that has nothing to compute. Gradients of gradients go through
     `gather_params`, not through here. Inputs: layers that are *shards* over the axis of their nodes; gradients of them come
@@ -72,6 +75,8 @@ def fold_layers(f: Callable[[int, Any, Any], Any], layers: Mapping[int, Any], x:
     for at, i in enumerate(order):
         x, whole = _enter(passes, at, token, x)
         token = passes[at + 1].begin() if at + 1 < len(order) else None
+        if at + 1 == len(order):
+            gather_ahead(ahead)
         with passes[at].notes():
             x = f(i, whole, x)
         passes[at].recorded = any(t.requires_grad for t in tensors_of(x))
@@ -176,9 +181,11 @@ class _Layer:
         self.sums = []
         for node, like in zip(self.nodes, self.like, strict=True):
             part = [next(rest) for _ in node.slots]
-            if node.wholes is not None:
-                node.wholes.add(part, like)
-            self.sums.append([None for _ in node.parts] if node.wholes is not None else start_sum(node, like, part))
+            if node.call is not None and node.sums == "step":
+                node.call.add(node, like, part)
+                self.sums.append([None for _ in node.parts])
+            else:
+                self.sums.append(start_sum(node, like, part))
 
     def finish_sum(self) -> list[Tensor | None]:
         """Return the gradients of the pieces."""

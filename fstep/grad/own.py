@@ -7,7 +7,7 @@
 A tied parameter gets a leaf for each of its uses. Over microbatches each use is then summed by itself and the sums are added
 at the end, as they are where the uses are on different ranks of a pipeline: the same additions, hence the same bits.
 
-A ZeRO node whose gradients are summed over the ranks once a step gets a place where the whole ones are added up until then.
+A ZeRO node gets a `Call`, so that what is sent for it is waited for where it is needed, and summed once a step if so wished.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fstep.grad.autodiff import Predicate, detach, private_leaf, read_grads, split_trainable
 from fstep.grad.messages import tensors_of
-from fstep.grad.pieces import Pieces, Wholes, finish_sum, is_pieces, start_sum
+from fstep.grad.pieces import Call, Pieces, is_pieces
 from fstep.mesh.place import Stages
 from fstep.tree import NAMESPACE, Tied, tree_leaves, tree_map, tree_merge, tree_replace_leaves
 
@@ -33,22 +33,27 @@ class Own:
         self.pick, rest = split_trainable(params, trainable, none_is_fine=none_is_fine)
         self.params = [private_leaf(x, recording=False) for x in tree_leaves(self.pick)]
         tree = tree_merge(tree_replace_leaves(self.pick, self.params), detach(rest))
-        self.nodes: list[Any] = []  # those that sum once a step
+        self.nodes: list[Any] = []  # whose gradients are wanted
         self.twins: list[tuple[Tensor, Tensor]] = []
         self.twin_nodes: list[tuple[Any, Any]] = []
-        self.tree = self._with_twins(self._with_wholes(tree))
+        self.tree = self._with_twins(
+            optree.tree_map(self._with_call, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+        )
         self.leaves = [*self.params, *(twin for _, twin in self.twins)]
 
     def grads(self) -> Any:
         """Return what was accumulated, in the structure of the params; zeros where nothing depended on a leaf."""
         for node, twin in self.twin_nodes:
-            node.wholes.add(twin.wholes.grads, _wanted(node))
+            if node.sums == "step":  # the two are added before their sum over the ranks, as without ZeRO
+                node.call.add(node, _wanted(node), twin.call.whole)
+                self.nodes = [x for x in self.nodes if x is not twin]
+        for node in self.nodes:
+            node.call.start(node, _wanted(node))
         for node in self.nodes:
             like = _wanted(node)
-            sums = finish_sum(node, like, start_sum(node, like, node.wholes.grads))
-            for leaf, grad in zip(like, sums, strict=True):
-                if leaf is not None:
-                    leaf.grad = grad
+            for leaf, grad in zip(like, node.call.finish(node, like), strict=True):
+                if leaf is not None and grad is not None:
+                    leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
         for leaf, twin in self.twins:
             if leaf.grad is None:
                 leaf.grad = twin.grad
@@ -57,14 +62,12 @@ class Own:
             twin.grad = None
         return tree_replace_leaves(self.pick, read_grads(self.params))
 
-    def _with_wholes(self, tree: Any) -> Any:
-        def place(node: Any) -> Any:
-            if not is_pieces(node) or node.sums != "step" or not any(x is not None for x in _wanted(node)):
-                return node
-            self.nodes.append(replace(node, wholes=Wholes(len(node.slots))))
-            return self.nodes[-1]
-
-        return optree.tree_map(place, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+    def _with_call(self, x: Any) -> Any:
+        if not is_pieces(x):
+            return x
+        node = replace(x, call=Call(len(x.slots)))
+        self.nodes += [node] if any(leaf is not None for leaf in _wanted(node)) else []
+        return node
 
     def _with_twins(self, tree: Any) -> Any:
         if isinstance(tree, Stages):
@@ -96,9 +99,8 @@ class Own:
 
     def _twin(self, x: Any) -> Any:
         if is_pieces(x):
-            new = replace(x, value=tree_map(self._twin, x.value), wholes=None if x.wholes is None else Wholes(len(x.slots)))
-            self.twin_nodes += [] if x.wholes is None else [(x, new)]
-            return new
+            self.twin_nodes.append((x, self._with_call(replace(x, value=tree_map(self._twin, x.value)))))
+            return self.twin_nodes[-1][1]
         if not isinstance(x, Tensor) or not x.requires_grad:
             return x
         self.twins.append((x, private_leaf(x, recording=False)))

@@ -43,24 +43,6 @@ class Slot:
         return self.start + prod(self.shape)
 
 
-class Wholes:
-    """Where one call adds up the whole gradients of a unit, until it sums them over the ranks."""
-
-    def __init__(self, slots: int) -> None:
-        self.grads: list[Tensor | None] = [None] * slots
-
-    def add(self, grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> None:
-        """Add gradients of whole parameters, in the dtype of the pieces, where the piece's is wanted."""
-        for at, (grad, piece) in enumerate(zip(grads, like, strict=True)):
-            if grad is None or piece is None:
-                continue
-            held = self.grads[at]
-            if held is None:  # a copy: autograd may hand one tensor to two leaves
-                self.grads[at] = grad.to(piece.dtype, copy=True)
-            else:
-                held += grad
-
-
 @dataclass(frozen=True)
 class Pieces:
     """A unit of parameters of which this rank holds a part: the ZeRO node. `shard_params` makes it.
@@ -68,7 +50,7 @@ class Pieces:
     ``value`` is the unit's tree with this rank's 1-D piece of each parameter. ``axis`` has the ranks that hold the other
     parts, ``slots`` says of each leaf where in the flat buffers it is, and ``parts`` how many elements of each buffer a rank
     holds. ``dtype`` is what is gathered, ``reduce_dtype`` what gradients are summed in (``None``: the pieces' own), ``sums``
-    how often. ``wholes`` is where a call adds up whole gradients that are summed once a step.
+    how often. ``call`` is what a call of `pp_forward_backward` has under way for this node.
 
     >>> import torch, fstep
     >>> params = {"layers": {0: {"norm": torch.ones(8), "q": torch.ones(4, 8)}}}
@@ -86,7 +68,7 @@ class Pieces:
     dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     sums: str = "microbatch"
-    wholes: Wholes | None = None
+    call: Call | None = None
 
     def span(self, slot: Slot, rank: int | None = None) -> Range:
         """Return the elements of a parameter that a rank holds, this one by default."""
@@ -124,7 +106,7 @@ class Pieces:
 
 
 def _flatten(node: Pieces) -> tuple[list[Any], Any]:
-    return [node.value], (node.axis, node.slots, node.parts, node.dtype, node.reduce_dtype, node.sums, node.wholes)
+    return [node.value], (node.axis, node.slots, node.parts, node.dtype, node.reduce_dtype, node.sums, node.call)
 
 
 def _unflatten(children: Iterable[Any], context: tuple[Any, ...]) -> Pieces:
@@ -256,3 +238,44 @@ def finish_sum(node: Pieces, like: Sequence[Tensor | None], started: Gathering) 
         found.append(total[at[slot.group] : at[slot.group] + x.numel()])
         at[slot.group] += x.numel()
     return found
+
+
+class Call:
+    """What one call of `pp_forward_backward` has under way for a node: a gather begun ahead, sums not waited for yet."""
+
+    def __init__(self, slots: int) -> None:
+        self.gathering: Gathering | None = None
+        self.whole: list[Tensor | None] = [None] * slots
+        self.sums: Gathering | None = None
+        self.done: list[Tensor | None] = [None] * slots
+
+    def take(self) -> Gathering | None:
+        """Hand over the gather begun ahead, if there is one."""
+        started, self.gathering = self.gathering, None
+        return started
+
+    def add(self, node: Pieces, like: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+        """Take gradients of whole parameters: start their sum over the ranks or, if that is made once a step, keep them."""
+        if node.sums != "step":
+            self.finish(node, like)
+            self.sums = start_sum(node, like, grads)
+            return
+        for at, (x, grad) in enumerate(zip(like, grads, strict=True)):
+            held = self.whole[at]
+            if held is not None and grad is not None:
+                held += grad
+            elif x is not None and grad is not None:  # a copy: autograd may hand one tensor to two leaves
+                self.whole[at] = grad.to(x.dtype, copy=True)
+
+    def start(self, node: Pieces, like: Sequence[Tensor | None]) -> None:
+        """Begin the sum that is made once a step."""
+        if node.sums == "step":
+            self.sums, self.whole = start_sum(node, like, self.whole), []
+
+    def finish(self, node: Pieces, like: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Wait for the sum under way, and return the gradients of the pieces so far."""
+        if self.sums is not None:
+            found = finish_sum(node, like, self.sums)
+            self.done = [a if b is None else b if a is None else a.add_(b) for a, b in zip(self.done, found, strict=True)]
+            self.sums = None
+        return self.done

@@ -168,6 +168,13 @@ def gather_params(tree: Any) -> Any:
     return optree.tree_map(gather, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
 
 
+def gather_ahead(tree: Any) -> None:
+    """Begin to gather the units of a tree inside a call of `pp_forward_backward`; `gather_params` will find them begun."""
+    for node in optree.tree_leaves(tree, is_leaf=is_pieces, namespace=NAMESPACE):
+        if is_pieces(node) and node.call is not None and node.call.gathering is None:
+            node.call.gathering = start_gather(node, [None if x is None else x.detach() for x in node.leaves()], node.dtype)
+
+
 def scatter_grads(grads: Any, params: Any) -> Any:
     """Turn gradients of whole params into gradients of ``params``, which are cut: the transpose of `gather_params`.
 
@@ -216,7 +223,7 @@ def unshard_params(tree: Any) -> Any:
 
 
 def _whole(node: Pieces, dtype: torch.dtype | None, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
-    started = start_gather(node, leaves, dtype)
+    started = (node.call and node.call.take()) or start_gather(node, leaves, dtype)
     return wholes(node, leaves, [None if pending is None else pending.wait() for pending in started])
 
 
@@ -240,8 +247,8 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if ctx.node.wholes is not None:
-            ctx.node.wholes.add(grads, ctx.like)
+        if ctx.node.call is not None:
+            ctx.node.call.add(ctx.node, ctx.like, grads)
             return None, None, *(None for _ in grads)
         return None, None, *_call(_Scatter, ctx.node, ctx.like, *grads)
 

@@ -129,7 +129,8 @@ def rope_tables(rope: Rope, positions: Tensor, *, lengths: Tensor, dtype: torch.
         exponent = torch.arange(0, rope.dim, 2, dtype=wide, device=positions.device) / rope.dim
         frequencies = (rope.theta * grown)[:, None] ** -exponent
     else:
-        frequencies = rope.frequencies().to(device=positions.device, dtype=wide)
+        # Not to wait for the device: the few numbers are taken along with the launch.
+        frequencies = rope.frequencies().to(device=positions.device, dtype=wide, non_blocking=True)
     angles = positions.to(wide)[:, None] * frequencies
     scale = rope.scale()
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 import fstep
 import fstep.testing
 from fstep import Mesh, Stages
-from fstep.grad import fold, own, shard
+from fstep.grad import fold, pieces, shard
 from fstep_models.dense import Config, Dense
 from tests.grad.zero_cases import (
     LAYERS,
@@ -413,7 +413,7 @@ def test_dense_steps_have_the_bits_of_the_plain_ones(sizes: dict[str, int], tied
 def test_how_often_gradients_are_summed(sums: Any, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every unit, gathered by `fold_layers` or by `gather_params`, once a microbatch or once a step."""
     calls: list[str] = []
-    for module in (fold, shard, own):
+    for module in (fold, shard, pieces):
         real = module.start_sum
         monkeypatch.setattr(module, "start_sum", lambda *a, real=real: (calls.append(""), real(*a))[1])
 
@@ -432,6 +432,54 @@ def test_how_often_gradients_are_summed(sums: Any, times: int, monkeypatch: pyte
     for grads in fstep.simulate(run, dp=2):
         assert grads["layers"][0]["w"].tolist() == grads["head"].tolist() == [1 + 2 + 3 + 2 + 3 + 4] * 3
     assert len(calls) == 2 * 2 * times
+
+
+def test_a_head_is_gathered_ahead_and_its_sum_waited_for_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One gather each, begun before the last layer computes; its sum is begun before that layer's backward, read behind."""
+    events: list[str] = []
+
+    def note(function: str, name: str) -> None:
+        real = getattr(pieces, function)
+
+        def run(node: Any, *args: Any) -> Any:
+            if node.slots[0].shape == (5,) and node.axis.rank == 0:
+                events.append(name)
+            return real(node, *args)
+
+        for module in (fold, shard, pieces):
+            monkeypatch.setattr(module, function, run, raising=False)
+
+    note("start_gather", "gather"), note("start_sum", "sum"), note("finish_sum", "read")
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor, rank: int) -> Tensor:
+            ctx.rank = rank
+            events.extend(["forward"] * (rank == 0))
+            return x * w
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            events.extend(["backward"] * (ctx.rank == 0))
+            return g, g, None
+
+    def run(mesh: Mesh) -> None:
+        params = {"layers": {i: {"w": torch.ones(1, 5)} for i in range(2)}, "head": torch.ones(5)}
+        params = fstep.shard_params(params, mesh.dp)
+
+        def stage(p: Any, x: Any, mb: Tensor) -> Tensor:
+            return fstep.fold_layers(
+                lambda i, layer, x: Layer.apply(x, layer["w"][0], mesh.dp.rank), p["layers"], mb, ahead=(None, p["head"])
+            )
+
+        def loss(p: Any, x: Tensor, mb: Tensor) -> fstep.Ratio:
+            return fstep.Ratio((x * fstep.gather_params(p["head"])).sum(), torch.tensor(1.0))
+
+        fstep.pp_forward_backward(stage, loss, params, [torch.ones(5), torch.ones(5)])
+
+    fstep.simulate(run, dp=2)
+    one = ["forward", "gather", "forward", "sum", "backward", "backward"]
+    assert events == [*one, *one[:3], "read", *one[3:], "read"]
 
 
 def test_more_ranks_than_elements() -> None:
