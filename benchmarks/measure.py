@@ -69,29 +69,39 @@ def _held() -> int:
     return torch.cuda.memory_allocated() if on_gpu() else 0
 
 
-def _once(step: Step, repeat: int) -> float:
+def _once(step: Step, repeat: int, clock: Callable[[], float]) -> float:
     sync()
     if dist.is_initialized():
         dist.barrier()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeat):
         step()
     sync()
-    return slowest((time.perf_counter() - start) / repeat)
+    return slowest((clock() - start) / repeat)
 
 
 def in_turns(
-    sides: Mapping[str, Callable[[], Step]], *, steps: int = 20, warmup: int = 3, repeat: int = 1, apart: bool = False
+    sides: Mapping[str, Callable[[], Step]],
+    *,
+    steps: int = 20,
+    warmup: int = 3,
+    repeat: int = 1,
+    burst: int = 1,
+    apart: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
     """Build each side and time ``steps`` of each, in turns; a step is ``repeat`` calls, if one is too short to time.
 
     A side's peak counts what it holds between steps and what a step adds, not what others hold. ``apart`` builds, times and
-    drops one side after the other, where they do not fit into memory together.
+    drops one side after the other, where they do not fit into memory together. ``burst`` steps of a side follow one another,
+    behind one that is not timed and with the allocator's cache emptied before, so that sides do not break up each other's
+    memory. ``clock`` is `time.process_time` where a CPU
+    is measured that others use too.
     """
     if apart:
         found = []
         for name, build in sides.items():
-            found += in_turns({name: build}, steps=steps, warmup=warmup, repeat=repeat)
+            found += in_turns({name: build}, steps=steps, warmup=warmup, repeat=repeat, burst=burst, clock=clock)
             gc.collect()
             if on_gpu():
                 torch.cuda.empty_cache()
@@ -109,12 +119,17 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
     first = not dist.is_initialized() or dist.get_rank() == 0
-    for _ in tqdm(range(steps), desc=" / ".join(sides), disable=None if first else True, leave=False):
+    for at in tqdm(range(0, steps, burst), desc=" / ".join(sides), disable=None if first else True, leave=False):
         for name, step in run.items():
+            if burst > 1:
+                if on_gpu():
+                    torch.cuda.empty_cache()
+                step()
+            sync()
             if on_gpu():
                 torch.cuda.reset_peak_memory_stats()
             before = _held()
-            seconds[name].append(_once(step, repeat))
+            seconds[name] += [_once(step, repeat, clock) for _ in range(min(burst, steps - at))]
             peak = torch.cuda.max_memory_allocated() if on_gpu() else 0
             peaks[name] = max(peaks[name], peak - before + own[name])
     return [Timing(name, tuple(seconds[name]), int(slowest(peaks[name]))) for name in sides]

@@ -6,26 +6,29 @@
 
 Which kernel computes it does not change the result:
 
-    flash      the device's fused kernel: torch's varlen attention on CUDA (half precision), one fused call a document on
-               the CPU; no [T, T] matrix, opaque to torch.compile
+    flash      torch's fused kernel: varlen attention on CUDA (half precision), one call a document on the CPU
+    dense      documents of one length as a batch: cuDNN on CUDA (half precision), one call on the CPU
+    fa4        the package flash-attn-4, on Hopper and Blackwell (half precision)
     documents  one scaled_dot_product_attention a document: any device and dtype, but it reads `cu` on the host
     math       plain operations with a [T, T] mask: differentiable any number of times, and under torch.func
+
+The first three need no [T, T] matrix and are one operation, ``torch.ops.fstep.attend``, opaque to torch.compile. Which of
+them is the fastest, `kernels.choose` decides.
 """
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fstep.ops.kernels import Rows, best, boundaries, cpu_backward, cpu_forward, lay_rows, pairs, reach_mask, repeat_heads
-from fstep.trace import asked_while_tracing, in_transform
+from fstep.ops.kernels import FUSED, is_fused, pull, run
+from fstep.ops.rows import Rows, boundaries, pairs, reach_mask, repeat_heads
+from fstep.trace import in_transform
 
-METHODS = ("auto", "flash", "documents", "math")
+METHODS = ("auto", *FUSED, "documents", "math")
 
 
 def _attend_math(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
@@ -60,23 +63,35 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float)
     return torch.cat(out)
 
 
-# The CPU kernel behind one operation that torch.compile does not look into.
-@torch.library.custom_op("fstep::attend_cpu", mutates_args=(), device_types="cpu")
-def _attend_cpu(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int, scale: float
+# One operation for every fused kernel, forward and backward. torch.compile does not look into it, so that the kernel is
+# chosen when it runs, by the sizes of that row: a graph serves all rows.
+@torch.library.custom_op("fstep::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    left: int,
+    right: int,
+    scale: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of [T, heads, head_dim] tensors with equal heads, and its logsumexp [heads, T]."""
-    return cpu_forward(q, k, v, causal(cu_q, cu_k, 0, 0, window), scale)
+    """Attention of [T, heads, head_dim] tensors, and its logsumexp [heads, T]."""
+    out, lse = run(kernel, q, k, v, Rows(cu_q, cu_k, max_q, max_k, left, right), scale)
+    return out.contiguous(), lse.contiguous()
 
 
-@_attend_cpu.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-@torch.library.custom_op("fstep::attend_cpu_backward", mutates_args=(), device_types="cpu")
-def _attend_cpu_backward(
+@torch.library.custom_op("fstep::attend_backward", mutates_args=())
+def _attend_backward(
     g: Tensor,
     q: Tensor,
     k: Tensor,
@@ -85,70 +100,44 @@ def _attend_cpu_backward(
     lse: Tensor,
     cu_q: Tensor,
     cu_k: Tensor,
-    window: int,
+    max_q: int,
+    max_k: int,
+    left: int,
+    right: int,
     scale: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu_backward(g, q, k, v, out, lse, causal(cu_q, cu_k, 0, 0, window), scale)
+    dq, dk, dv = pull(kernel, g, q, k, v, out, lse, Rows(cu_q, cu_k, max_q, max_k, left, right), scale)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@_attend_cpu_backward.register_fake
-def _(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@_attend_backward.register_fake
+def _(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, ctx.window, ctx.scale = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(q, k, v, cu_q, cu_k, *output)
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_q, cu_k, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
 
 
-def _pull(ctx: torch.autograd.function.FunctionCtx, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    grads = _attend_cpu_backward(g, q, k, v, out, lse, cu_q, cu_k, ctx.window, ctx.scale)  # type: ignore[attr-defined]
-    return (*grads, None, None, None, None)
+def _pull(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_attend_backward(g, *ctx.saved_tensors, *ctx.rest), *[None] * 8)
 
 
-def _refuse(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> None:
-    raise RuntimeError("packed_attention: method 'flash' can be differentiated once; pass method='math' to do it again")
+def _refuse(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError(
+        f"packed_attention: method {ctx.kernel!r} can be differentiated once; pass method='math' to do it again"
+    )
 
 
-_attend_cpu.register_autograd(_pull, setup_context=_save)
-_attend_cpu_backward.register_autograd(_refuse)
+def _remember(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.kernel = inputs[-1]
 
 
-@asked_while_tracing
-def _varlen_takes_gqa() -> bool:
-    return _has_enable_gqa()
-
-
-@cache
-def _has_enable_gqa() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes grouped heads as they are; later versions want to be told.
-    grouped: dict[str, Any] = {"enable_gqa": True} if _varlen_takes_gqa() and q.shape[1] != k.shape[1] else {}
-    q, k, v = lay_rows(q), lay_rows(k), lay_rows(v)
-    reach = (rows.left, rows.right)
-    out = varlen_attn(q, k, v, rows.cu_q, rows.cu_k, rows.max_q, rows.max_k, window_size=reach, scale=scale, **grouped)
-    assert isinstance(out, Tensor)  # a tuple only if asked for more
-    return out
+_attend.register_autograd(_pull, setup_context=_save)
+_attend_backward.register_autograd(_refuse, setup_context=_remember)
 
 
 def causal(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, window: int) -> Rows:
@@ -158,27 +147,23 @@ def causal(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, window: int) -> R
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, *, scale: float, method: str) -> Tensor:
     """Causal attention of each document's queries, which are its last places, over all its keys."""
-    method = _best_method(q) if method == "auto" else method
+    if method == "auto":
+        method = "math" if in_transform() else "auto" if is_fused(q) else "documents"
     if method == "math":
         return _attend_math(q, k, v, rows, scale)
     if method == "documents":
         return _attend_documents(q, k, v, rows, scale)
-    if q.device.type == "cuda":
-        return _attend_cuda(q, k, v, rows, scale)
-    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    return _attend_cpu(q, k, v, rows.cu_q, rows.cu_k, rows.left + 1, scale)[0]
-
-
-def _best_method(q: Tensor) -> str:
-    return "math" if in_transform() else best(q)
+    at = (rows.cu_q, rows.cu_k, rows.max_q, rows.max_k, rows.left, rows.right)
+    out: Tensor = _attend(q, k, v, *at, scale, method)[0]
+    return out
 
 
 def check_method(function: str, argument: str, method: str) -> None:
     """Refuse a kernel that is not there, or not under torch.func."""
     if method not in METHODS:
         raise ValueError(f"{function}: {argument} {method!r} is unknown; pass one of {', '.join(METHODS)}")
-    if method == "flash" and in_transform():
-        raise ValueError(f"{function}: {argument} 'flash' does not run inside torch.func; pass 'auto' or 'math'")
+    if method in FUSED and in_transform():
+        raise ValueError(f"{function}: {argument} {method!r} does not run inside torch.func; pass 'auto' or 'math'")
 
 
 def check_attention(function: str, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, max_seqlen: int, window: int) -> list[int]:
@@ -219,10 +204,10 @@ def packed_attention(
     Out of token i's own document, ``softmax_j(scale * q_i . k_j) v_j`` over j = i-window+1 .. i, or over all j <= i if
     ``window`` is 0. ``cu_seqlens`` are the boundaries in the row (``packed.cu_seqlens_padded``) and cover every place of
     it. ``scale`` defaults to ``head_dim ** -0.5``. ``method`` is a kernel (see the module's head); "auto" takes the fastest
-    that fits device and dtype, and "math" inside torch.func. Only "math" can be differentiated twice.
+    that fits device, dtype and lengths, and "math" inside torch.func. Only "math" can be differentiated twice.
 
-    Raises ValueError for an unknown method, shapes or heads that do not fit and, where they are on the host, boundaries that
-    are not those of the row.
+    Raises ValueError for an unknown method or one that does not take these documents, shapes or heads that do not fit and,
+    where they are on the host, boundaries that are not those of the row.
 
     >>> import torch, fstep
     >>> q = torch.zeros(3, 2, 8)

@@ -28,7 +28,7 @@ from torch.autograd import Function
 from fstep.mesh import exchange as ex
 from fstep.mesh.axis import Axis
 from fstep.ops import kernels, zigzag
-from fstep.ops.kernels import Rows
+from fstep.ops.rows import Rows, boundaries
 from fstep.trace import in_transform
 
 
@@ -67,8 +67,6 @@ def ring_attention(
             "cp_attention: kernel 'math' is for being differentiated twice, and a ring is not; pass method='allgather', or "
             "kernel='documents' for plain products"
         )
-    if kernel == "auto":
-        kernel = kernels.best(q)
     ring = Ring(axis, cu, max_seqlen, window, scale, kernel)
     out, _ = _Forward.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
@@ -101,7 +99,7 @@ def _parts_in_reach(ring: Ring, tokens: int, owner: int) -> Iterator[Part]:
     size, rank = ring.axis.size, ring.axis.rank
     # By chunks too: a place must not come twice among the queries, nor among the keys, of one part.
     found: dict[tuple[int, int, int, int], list[tuple[int, int, int]]] = {}
-    for start, end in kernels.boundaries(ring.cu, tokens, "cp_attention"):
+    for start, end in boundaries(ring.cu, tokens, "cp_attention"):
         chunk = (end - start) // 2
         for i, of_q in enumerate((rank, 2 * size - 1 - rank)):
             for j, of_k in enumerate((owner, 2 * size - 1 - owner)):

@@ -89,7 +89,7 @@ def test_the_compiled_block_calls_the_fused_kernel(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     m = model(compile=True)
     run(m, m.init(fstep.Key.seed(0)), batches(1)[0])
-    assert "fstep.attend_cpu" in graphs[0] and "softmax" not in graphs[0]
+    assert "fstep.attend" in graphs[0] and "softmax" not in graphs[0]
 
 
 def test_a_transform_inside_a_compiled_function_is_seen() -> None:

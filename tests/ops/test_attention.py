@@ -196,17 +196,17 @@ def test_math_is_differentiated_twice_and_flash_says_that_it_is_not() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("window", [0, 2])
 def test_opcheck(window: int) -> None:
-    q, k, v, g = inputs([4, 1, 3], kv_heads=4, dtype=torch.float32)
-    cu = boundaries([4, 1, 3])
+    q, k, v, g = inputs([4, 1, 3], kv_heads=2, dtype=torch.float32)
+    at = (boundaries([4, 1, 3]), boundaries([4, 1, 3]), 4, 4, window - 1, 0, 0.5, "auto")
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(attention._attend_cpu, (*leaves, cu, cu.clone(), window, 0.5))
-    out, lse = attention._attend_cpu(q, k, v, cu, cu.clone(), window, 0.5)
-    torch.library.opcheck(attention._attend_cpu_backward, (g, q, k, v, out, lse, cu, cu.clone(), window, 0.5))
+    torch.library.opcheck(attention._attend, (*leaves, *at))
+    out, lse = attention._attend(q, k, v, *at)
+    torch.library.opcheck(attention._attend_backward, (g, q, k, v, out, lse, *at))
 
 
 def test_logsumexp() -> None:
     q, k, v, _ = inputs([3, 2], heads=1, kv_heads=1)
-    _, lse = attention._attend_cpu(q, k, v, boundaries([3, 2]), boundaries([3, 2]), 0, 0.5)
+    _, lse = attention._attend(q, k, v, boundaries([3, 2]), boundaries([3, 2]), 3, 3, -1, 0, 0.5, "auto")
     scores = (k[3:5, 0] * q[4, 0]).sum(-1) * 0.5
     torch.testing.assert_close(lse[0, 4], scores.exp().sum().log(), rtol=1e-12, atol=1e-12)
 
@@ -222,11 +222,16 @@ CUDA = ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "is_causal", "scale", "windo
         ("_scaled_dot_product_flash_attention_for_cpu_backward", (*CPU, "logsumexp")),
         ("_flash_attention_forward", (*CUDA, "return_debug_mask", "softmax_logsumexp")),
         ("_flash_attention_backward", (*CUDA, "logsumexp", "rng_state", "unused")),
+        ("_scaled_dot_product_cudnn_attention", ("compute_log_sumexp", "is_causal", "return_debug_mask", "scale")),
+        (
+            "_scaled_dot_product_cudnn_attention_backward",
+            ("logsumexp", "philox_seed", "max_q", "max_k", "is_causal", "scale"),
+        ),
     ],
 )
 def test_private_kernel_is_there(name: str, arguments: tuple[str, ...]) -> None:
     if not hasattr(torch.ops.aten, name):
-        pytest.fail(f"this torch has no torch.ops.aten.{name}; find its successor for fstep/ops/kernels.py")
+        pytest.fail(f"this torch has no torch.ops.aten.{name}; find its successor for fstep/ops")
     schema = str(getattr(torch.ops.aten, name).default._schema)
     for argument in arguments:
         assert f" {argument}" in schema, f"the arguments of {name} have changed: {schema}"
@@ -246,7 +251,10 @@ def test_inputs_are_not_changed() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(method="fast"), "packed_attention: method 'fast' is unknown; pass one of auto, flash, documents, math"),
+        (
+            dict(method="fast"),
+            "packed_attention: method 'fast' is unknown; pass one of auto, flash, dense, fa4, documents, math",
+        ),
         (dict(k=torch.zeros(5, 3, 8), v=torch.zeros(5, 3, 8)), "3 key heads do not divide 4 query heads"),
         (dict(window=-1), "window is -1; pass 0 for no window"),
         (dict(k=torch.zeros(4, 2, 8), v=torch.zeros(4, 2, 8)), r"k \(4, 2, 8\) and v \(4, 2, 8\) do not fit"),

@@ -370,7 +370,7 @@ def test_inputs_are_not_changed(method: str) -> None:
     ("change", "message"),
     [
         (dict(method="mesh"), "cp_attention: method 'mesh' is unknown; pass one of ring, allgather, ulysses"),
-        (dict(kernel="fast"), "cp_attention: kernel 'fast' is unknown; pass one of auto, flash, documents, math"),
+        (dict(kernel="fast"), "cp_attention: kernel 'fast' is unknown; pass one of auto, flash, dense, fa4, documents"),
         (dict(kernel="math"), "cp_attention: kernel 'math' is for being differentiated twice, .* pass method='allgather'"),
         (dict(window=-1), "cp_attention: window is -1; pass 0 for no window"),
         (dict(max_seqlen=3), "cp_attention: max_seqlen is 3 and a document has 4 places"),
