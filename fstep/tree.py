@@ -130,13 +130,15 @@ def _flatten(tree: Any) -> tuple[list[Any], Any]:
     return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def _line_up(function: str, spec: Any, tree: Any, rest: Iterable[Any]) -> list[list[Any]]:
-    """Return what each tree of ``rest`` holds at the leaves of ``tree``."""
+def _rows(function: str, tree: Any, rest: Iterable[Any]) -> tuple[list[tuple[Any, ...]], Any]:
+    """Return what the trees hold at each place of ``tree``, and its structure."""
+    leaves, spec = _flatten(tree)
     try:
-        return [spec.flatten_up_to(other) for other in rest]
+        others = [spec.flatten_up_to(other) for other in rest]
     except ValueError as error:
         # The tree library names types and keys; whoever reads the error wants the path.
         raise ValueError(f"{function}: {_difference(tree, rest)}; pass trees of the same structure") from error
+    return list(zip(leaves, *others, strict=True)), spec
 
 
 def _difference(tree: Any, rest: Iterable[Any]) -> str:
@@ -171,10 +173,13 @@ def tree_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     >>> fstep.tree_map(lambda g, p: p - g, grads, params)
     {'a': 0.5, 'b': None}
     """
-    leaves, spec = _flatten(tree)
-    others = _line_up("tree_map", spec, tree, rest)
-    out = [None if leaf is None else f(leaf, *more) for leaf, *more in zip(leaves, *others, strict=True)]
-    return optree.tree_unflatten(spec, out)
+    rows, spec = _rows("tree_map", tree, rest)
+    return optree.tree_unflatten(spec, [None if leaf is None else f(leaf, *more) for leaf, *more in rows])
+
+
+def tree_rows(tree: Any, *rest: Any) -> list[tuple[Any, ...]]:
+    """Return each leaf of ``tree`` beside what the other trees hold at its place; raises like `tree_map`."""
+    return [row for row in _rows("tree_rows", tree, rest)[0] if row[0] is not None]
 
 
 def tree_leaves(tree: Any) -> list[Any]:
@@ -205,12 +210,9 @@ def tree_map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     >>> fstep.tree_map_with_path(lambda path, x: f"{path}={x}", {"a": {"b": 1}})
     {'a': {'b': 'a.b=1'}}
     """
-    paths, leaves, spec = optree.tree_flatten_with_path(tree, none_is_leaf=True, namespace=NAMESPACE)
-    others = _line_up("tree_map_with_path", spec, tree, rest)
-    out = [
-        None if leaf is None else f(path_name(path), leaf, *more)
-        for path, leaf, *more in zip(paths, leaves, *others, strict=True)
-    ]
+    rows, spec = _rows("tree_map_with_path", tree, rest)
+    named = zip(spec.paths(), rows, strict=True)
+    out = [None if row[0] is None else f(path_name(path), *row) for path, row in named]
     return optree.tree_unflatten(spec, out)
 
 
@@ -224,14 +226,13 @@ def tree_replace_leaves(tree: Any, leaves: Iterable[Any]) -> Any:
     {'a': 10, 'b': None, 'c': 20}
     """
     old, spec = _flatten(tree)
-    new = list(leaves)
-    places = sum(leaf is not None for leaf in old)
-    if len(new) != places:
-        raise ValueError(
-            f"tree_replace_leaves: {len(new)} leaves given and the tree has {places}; pass one for each of tree_leaves(tree)"
-        )
-    rest = iter(new)
-    return optree.tree_unflatten(spec, [None if leaf is None else next(rest) for leaf in old])
+    at, new = [i for i, leaf in enumerate(old) if leaf is not None], list(leaves)
+    if len(new) != len(at):
+        found = f"{len(new)} leaves given and the tree has {len(at)}"
+        raise ValueError(f"tree_replace_leaves: {found}; pass one for each of tree_leaves(tree)")
+    for i, leaf in zip(at, new, strict=True):
+        old[i] = leaf
+    return optree.tree_unflatten(spec, old)
 
 
 def tree_merge(first: Any, second: Any) -> Any:
@@ -241,9 +242,8 @@ def tree_merge(first: Any, second: Any) -> Any:
     >>> fstep.tree_merge({"a": 1, "b": None}, {"a": None, "b": 2})
     {'a': 1, 'b': 2}
     """
-    leaves, spec = _flatten(first)
-    (others,) = _line_up("tree_merge", spec, first, [second])
-    return optree.tree_unflatten(spec, [b if a is None else a for a, b in zip(leaves, others, strict=True)])
+    rows, spec = _rows("tree_merge", first, [second])
+    return optree.tree_unflatten(spec, [b if a is None else a for a, b in rows])
 
 
 def cast(tree: Any, dtype: torch.dtype | None) -> Any:

@@ -17,17 +17,18 @@ from torch import Tensor
 
 from fstep.grad.autodiff import Predicate
 from fstep.state.state import TrainState
-from fstep.trace import is_recording
 from fstep.tree import pytree, tree_leaves, tree_map, tree_replace_leaves
+from fstep.update.finite import to_skip
 from fstep.update.rows import (
     Decay,
     Row,
-    any_nonfinite,
     check_update,
+    decays,
     line_up,
     next_state,
     refuse_donation,
     require,
+    rows_recording,
     select,
     trained,
     update_rows,
@@ -96,30 +97,39 @@ class AdamW:
         chosen = select("adamw.init", params, trainable)
         return adamw_zeros(chosen, tree_leaves(chosen)[0].device)
 
-    def update(self, state: TrainState, grads: Any, *, lr: float | Tensor, donate: bool = False) -> TrainState:
+    def update(
+        self, state: TrainState, grads: Any, *, lr: float | Tensor, skip: Tensor | None = None, donate: bool = False
+    ) -> TrainState:
         """Take one step; ``grads`` has the params' structure, ``None`` at frozen leaves; ``lr`` a float or 0-d tensor.
 
-        If any element of the gradient is not finite, params, moments and count keep their bits and ``skipped`` goes up
-        by one; the decision is made on the device and nobody waits for it. ``step`` always goes up by one.
+        If ``skip`` is true, params, moments and count keep their bits and ``skipped`` goes up by one; the decision is made
+        on the device and nobody waits for it. ``step`` always goes up by one. ``skip`` is a 0-d tensor: pass
+        ``metrics["nonfinite"]`` of `finalize_grads`, which has looked at every gradient already. By default this function
+        looks again, and skips if any element is not finite, which takes a seventh longer.
         ``donate=True`` reuses the memory of ``state`` (and of the params it was made from), which is dead afterwards.
         An outer derivative (`torch.func.grad`, or `torch.autograd.grad` if something here requires grad) and `vmap` go
         through, and take a slower path. Raises `ValueError` naming the first leaf whose gradient is missing, unexpected
         or of another shape.
+
+        On a mesh ``skip`` has to be *replicated* over all ranks, as the metrics are.
 
         >>> import torch, fstep
         >>> state = fstep.init_state({"w": torch.ones(2)}, fstep.adamw)
         >>> bad = fstep.adamw.update(state, {"w": torch.tensor([float("nan"), 1.0])}, lr=0.1, donate=True)
         >>> bad.params["w"], int(bad.step), int(bad.skipped), int(bad.opt.count)
         (tensor([1., 1.]), 1, 1, 0)
+        >>> grads, metrics = {"w": torch.ones(2)}, {"grad_norm": torch.tensor(70.0)}
+        >>> int(fstep.adamw.update(bad, grads, lr=0.1, skip=~(metrics["grad_norm"] < 50)).skipped)  # NaN is not < 50 either
+        2
         """
         check_update("adamw", state, lr, AdamWState)
         rows = line_up("adamw.update", state, grads, state.opt.mu, state.opt.nu)
         live = trained(rows)
-        recording = is_recording(state.params, state.opt, grads, lr)
+        recording = rows_recording(live, state.opt.count, lr)
         if donate:
-            refuse_donation("adamw.update", live, recording)
-        bad = any_nonfinite([row.grad for row in live], recording)
-        params, opt = adamw_rows(self, live, state.opt, bad, lr=lr, donate=donate, recording=recording)
+            refuse_donation("adamw.update", live, grads, recording)
+        bad = to_skip("adamw.update", skip, [row.grad for row in live], recording)
+        params, opt = adamw_rows(self, live, grads, state.opt, bad, lr=lr, donate=donate, recording=recording)
         return next_state(state, rows, params, opt, bad, donate)
 
 
@@ -135,6 +145,7 @@ def adamw_zeros(chosen: Any, device: torch.device) -> AdamWState:
 def adamw_rows(
     opt: AdamW,
     rows: Sequence[Row],
+    grads: Any,
     memory: AdamWState,
     bad: Tensor,
     *,
@@ -142,7 +153,7 @@ def adamw_rows(
     donate: bool,
     recording: bool,
 ) -> tuple[list[Tensor], AdamWState]:
-    """Apply AdamW to rows whose slots are ``(mu, nu)``; return their new params, and the state of all of them."""
+    """Apply AdamW to rows of ``grads`` whose slots are ``(mu, nu)``; return their new params, and the state of them all."""
     t = memory.count + 1
     b1, b2 = opt.betas
 
@@ -164,13 +175,14 @@ def adamw_rows(
         bad,
         formula,
         kernel,
-        weight_decay=opt.weight_decay,
-        decay=opt.decay,
+        weight_decays=decays(grads, rows, opt.weight_decay, opt.decay),
         donate=donate,
         recording=recording,
     )
-    mu = tree_replace_leaves(memory.mu, [mu for _, mu, _ in new])
-    nu = tree_replace_leaves(memory.nu, [nu for _, _, nu in new])
+    mu, nu = memory.mu, memory.nu
+    if not donate:  # else they are the same tensors
+        mu = tree_replace_leaves(mu, [mu for _, mu, _ in new])
+        nu = tree_replace_leaves(nu, [nu for _, _, nu in new])
     return [p for p, _, _ in new], AdamWState(torch.where(bad, memory.count, t), mu, nu)
 
 

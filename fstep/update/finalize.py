@@ -8,8 +8,8 @@
           v                              v
     gradients of the mean loss    metrics: loss, weight, grad_norm, nonfinite, ...
 
-Gradients come out all finite or all NaN. Whoever applies them (every rank, every optimizer) then decides alike whether
-the step is skipped.
+Gradients come out all finite or all NaN, and ``metrics["nonfinite"]`` says which. Whoever applies them (every rank, every
+optimizer) then decides alike whether the step is skipped.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fstep.mesh.place import places
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
 from fstep.tree import check_type, tree_leaves, tree_map, tree_paths, tree_replace_leaves
+from fstep.update.finite import leaf_norms
 from fstep.update.reduce import counted, everybody, norm_over_mesh, psum, sum_gradients
-from fstep.update.rows import leaf_norms
 
 RESERVED = ("loss", "weight", "grad_norm", "nonfinite")
 
@@ -77,7 +77,7 @@ def finalize_grads(
     leaves = _leaves(grads, mesh)
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"finalize_grads: max_norm is {max_norm}; pass a number > 0, or None not to clip")
-    recording = is_recording(grads, total.den)
+    recording = is_recording(leaves, total.den)
     if donate and recording:
         raise ValueError(
             "finalize_grads: donate=True while an outer derivative is being taken (grads or loss require grad, or a "
@@ -102,12 +102,12 @@ def finalize_grads(
     # A sum over ranks is a new tensor, which nobody else holds; what needed none (a ZeRO piece) is still the caller's.
     own = [donate or x is not old for x, old in zip(leaves, given, strict=True)]
     den = total.den.to(sum_norm.device, sum_norm.dtype)
-    some = den != 0
-    safe = torch.where(some, den, 1.0)
-    norm = torch.where(some, sum_norm / safe, sum_norm * 0)  # without weight: 0, but still NaN if not finite
-    bad = ~norm.isfinite()
+    # Without weight all is divided by infinity: finite sums become 0, and the others NaN.
+    safe = torch.where(den != 0, den, math.inf)
+    norm = (sum_norm / safe).abs()
+    bad = ~(norm < math.inf)  # true for NaN
     clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    scale = torch.where(bad, math.nan, torch.where(some, clip / safe, 0.0))
+    scale = torch.where(bad, math.nan, clip / safe)
 
     scaled = [_times(g, scale) for g in leaves] if recording else _scale(leaves, scale, own)
     metrics = {
@@ -144,10 +144,12 @@ def _leaves(grads: Any, mesh: Mesh) -> list[Tensor]:
     leaves = tree_leaves(grads)
     if not leaves and mesh.pp.size == 1:  # a pipeline may have a stage that is frozen
         raise ValueError("finalize_grads: grads has no leaves; every parameter is frozen, or the tree is empty")
-    for path, leaf in zip(tree_paths(grads), leaves, strict=True):
+    for i, leaf in enumerate(leaves):
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(f"finalize_grads: the gradient {path!r} is {kind}; pass floating-point tensors or None")
+            raise TypeError(
+                f"finalize_grads: the gradient {tree_paths(grads)[i]!r} is {kind}; pass floating-point tensors or None"
+            )
     return leaves
 
 
@@ -189,10 +191,10 @@ def _scale(leaves: Sequence[Tensor], scale: Tensor, own: Sequence[bool]) -> list
     """Multiply every leaf by a 0-d tensor, a few launches for all of them; in place those that are our ``own``."""
     out: list[Tensor] = list(leaves)
     groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    owners = Counter((g.device, g.data_ptr()) for g in leaves) if any(own) else Counter()
+    owners = Counter([g.data_ptr() for g in leaves]) if any(own) else Counter()
     for i, g in enumerate(leaves):
         # autograd may return one tensor for two leaves, or an expanded one: in place these would be scaled twice.
-        in_place = own[i] and owners[g.device, g.data_ptr()] == 1 and not any(s == 0 for s in g.stride())
+        in_place = own[i] and owners[g.data_ptr()] == 1 and 0 not in g.stride()
         if g.dtype in (torch.float32, torch.float64):
             groups.setdefault((g.device, g.dtype, in_place), []).append(i)
         else:

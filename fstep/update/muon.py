@@ -21,17 +21,18 @@ from torch import Tensor
 from fstep.grad.autodiff import Predicate
 from fstep.mesh.place import places
 from fstep.state.state import TrainState
-from fstep.trace import is_recording
 from fstep.tree import pytree, tree_leaves, tree_map, tree_map_with_path, tree_replace_leaves
 from fstep.update.adamw import AdamW, AdamWState, adamw_rows, adamw_zeros
+from fstep.update.finite import to_skip
 from fstep.update.rows import (
     Decay,
-    any_nonfinite,
     check_update,
+    decays,
     line_up,
     next_state,
     refuse_donation,
     require,
+    rows_recording,
     select,
     trained,
     update_rows,
@@ -157,7 +158,9 @@ class Muon:
             rest=adamw_zeros(others, tree_leaves(chosen)[0].device),
         )
 
-    def update(self, state: TrainState, grads: Any, *, lr: float | Tensor, donate: bool = False) -> TrainState:
+    def update(
+        self, state: TrainState, grads: Any, *, lr: float | Tensor, skip: Tensor | None = None, donate: bool = False
+    ) -> TrainState:
         """Take one step; arguments, skipping, donation and errors are those of `AdamW.update`.
 
         >>> import torch, fstep
@@ -171,10 +174,10 @@ class Muon:
         rows = line_up("muon.update", state, grads, memory.momentum, memory.rest.mu, memory.rest.nu)
         hidden = [row._replace(slots=row.slots[:1]) for row in trained(rows) if row.slots[0] is not None]
         others = [row._replace(slots=row.slots[1:]) for row in trained(rows) if row.slots[0] is None]
-        recording = is_recording(state.params, memory, grads, lr)
+        recording = rows_recording([*hidden, *others], memory.rest.count, lr)
         if donate:
-            refuse_donation("muon.update", [*hidden, *others], recording)
-        bad = any_nonfinite([row.grad for row in trained(rows)], recording)
+            refuse_donation("muon.update", [*hidden, *others], grads, recording)
+        bad = to_skip("muon.update", skip, [row.grad for row in trained(rows)], recording)
 
         def formula(p: Tensor, g: Tensor, slots: tuple[Tensor, ...], weight_decay: float) -> tuple[Tensor, Tensor]:
             momentum = torch.lerp(slots[0], g, 1 - self.momentum)
@@ -187,17 +190,17 @@ class Muon:
             bad,
             formula,
             None,
-            weight_decay=self.weight_decay,
-            decay=self.decay,
+            weight_decays=decays(grads, hidden, self.weight_decay, self.decay),
             donate=donate,
             recording=recording,
         )
         rest_params, rest = adamw_rows(
-            self.rest, others, memory.rest, bad, lr=lr * self.rest_lr, donate=donate, recording=recording
+            self.rest, others, grads, memory.rest, bad, lr=lr * self.rest_lr, donate=donate, recording=recording
         )
         hidden_params, rest_new = iter(p for p, _ in moved), iter(rest_params)
         params = [next(rest_new if row.slots[0] is None else hidden_params) for row in trained(rows)]
-        opt = MuonState(tree_replace_leaves(memory.momentum, [m for _, m in moved]), rest)
+        momentum = memory.momentum if donate else tree_replace_leaves(memory.momentum, [m for _, m in moved])
+        opt = MuonState(momentum, rest)
         return next_state(state, rows, params, opt, bad, donate)
 
     def _scale(self, matrix: Tensor) -> float:

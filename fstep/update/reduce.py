@@ -20,7 +20,7 @@ from torch import Tensor
 from fstep.mesh import exchange
 from fstep.mesh.axis import Axis, Mesh
 from fstep.mesh.place import Copied, Place
-from fstep.update.rows import leaf_norms
+from fstep.update.finite import leaf_norms
 
 DATA = ("dp", "cp")  # along these ranks see other tokens with the same parameters
 BUCKET_BYTES = 1 << 26

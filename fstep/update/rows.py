@@ -24,7 +24,8 @@ from fstep.grad.autodiff import Predicate, split_trainable
 from fstep.mesh.place import Place, places
 from fstep.state.donate import bury
 from fstep.state.state import TrainState
-from fstep.tree import check_type, tree_leaves, tree_map_with_path, tree_paths, tree_replace_leaves
+from fstep.trace import is_recording
+from fstep.tree import check_type, tree_leaves, tree_paths, tree_replace_leaves, tree_rows
 
 Decay = Callable[[str, Tensor], bool]
 Kernel = Callable[[list[list[Tensor]], list[Tensor], float, Tensor], None]
@@ -32,13 +33,16 @@ Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], float], tuple[Tensor, ..
 
 
 class Row(NamedTuple):
-    """One leaf of the params with everything that belongs to it; ``slots`` is what the optimizer remembers of it."""
+    """One leaf of the params with everything that belongs to it; ``slots`` is what the optimizer remembers of it.
 
-    path: str
+    It is leaf ``number`` of the gradients. Paths are looked up by that number where one is wanted, for a predicate or in an
+    error: to write hundreds of them at every step would take longer than the rest.
+    """
+
+    number: int
     param: Tensor
     grad: Tensor
     slots: tuple[Any, ...]
-    place: Place
 
 
 def whole_of(leaf: Tensor, place: Place) -> Tensor:
@@ -103,40 +107,40 @@ def check_update(optimizer: str, state: TrainState, lr: float | Tensor, memory: 
 
 def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[Row | None]:
     """Pair each leaf of the params with its gradient and its optimizer state; ``None`` stands for a frozen leaf."""
-    rows: list[Any] = []
-
-    def add(path: str, param: Tensor, grad: Any, *slot: Any) -> Tensor:
-        trained = any(s is not None for s in slot)
-        if trained and grad is None:
-            raise ValueError(
-                f"{function}: grads has no leaf {path!r} that opt state has; "
-                "give init and value_and_grad the same trainable="
-            )
-        if grad is not None and not trained:
-            raise ValueError(
-                f"{function}: grads has a leaf {path!r} that opt state has not (it was frozen at init); "
-                "give init and value_and_grad the same trainable="
-            )
-        if trained and not isinstance(grad, Tensor):
-            raise ValueError(f"{function}: grads has a {type(grad).__name__} at {path!r}, where params has a tensor")
-        if trained and grad.shape != param.shape:
-            raise ValueError(
-                f"{function}: the gradient of {path!r} has shape {tuple(grad.shape)}, "
-                f"its parameter has shape {tuple(param.shape)}; differentiate with respect to these params"
-            )
-        rows.append((path, param, grad, slot) if trained else None)
-        return param
-
     try:
-        tree_map_with_path(add, state.params, grads, *slots)
+        found = tree_rows(state.params, grads, *slots)
     except ValueError as error:
-        if str(error).startswith(function):
-            raise
         # The tree library names types and counts; whoever reads the error wants the leaf.
         raise ValueError(_difference(function, state.params, (grads, *slots))) from error
-    require(any(rows), f"{function}: no leaf has a gradient; call init with a trainable= that chooses some")
-    where = iter(places(grads))
-    return [None if row is None else Row._make((*row, next(where))) for row in rows]
+    rows: list[Row | None] = []
+    number = 0
+    for param, grad, *memory in found:
+        remembered = [slot for slot in memory if slot is not None]
+        if isinstance(grad, Tensor) and remembered and grad.shape == param.shape:
+            rows.append(Row(number, param, grad, tuple(memory)))
+            number += 1
+        elif grad is None and not remembered:
+            rows.append(None)
+        else:
+            raise ValueError(_misfit(function, tree_paths(state.params)[len(rows)], param, grad, memory))
+    require(number > 0, f"{function}: no leaf has a gradient; call init with a trainable= that chooses some")
+    return rows
+
+
+def _misfit(function: str, path: str, param: Tensor, grad: Any, memory: Sequence[Any]) -> str:
+    """Say why a gradient does not belong to its parameter."""
+    if grad is None:
+        what = f"grads has no leaf {path!r} that opt state has"
+    elif all(slot is None for slot in memory):
+        what = f"grads has a leaf {path!r} that opt state has not (it was frozen at init)"
+    elif not isinstance(grad, Tensor):
+        return f"{function}: grads has a {type(grad).__name__} at {path!r}, where params has a tensor"
+    else:
+        return (
+            f"{function}: the gradient of {path!r} has shape {tuple(grad.shape)}, "
+            f"its parameter has shape {tuple(param.shape)}; differentiate with respect to these params"
+        )
+    return f"{function}: {what}; give init and value_and_grad the same trainable="
 
 
 def _difference(function: str, params: Any, others: tuple[Any, ...]) -> str:
@@ -160,38 +164,14 @@ def trained(rows: Sequence[Row | None]) -> list[Row]:
     return [row for row in rows if row is not None]
 
 
-def leaf_norms(leaves: Sequence[Tensor], order: float, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Stack the norms of the leaves (order not kept), by default float64 if a leaf is, else float32, in a few launches."""
-    norms: list[Tensor] = []
-    for kind in (torch.float32, torch.float64):
-        # An infinity norm of nothing is undefined, and an empty leaf adds nothing to any norm.
-        some = [x for x in leaves if x.numel() and (x.dtype == torch.float64) == (kind == torch.float64)]
-        if some:
-            norms.extend(torch._foreach_norm(some, order, dtype=dtype or kind))
-    if not norms:
-        return torch.zeros(1, device=leaves[0].device, dtype=dtype)
-    wide = norms[-1].dtype
-    return torch.stack([n.to(leaves[0].device, wide) for n in norms])
+def rows_recording(rows: Sequence[Row], *rest: Any) -> bool:
+    """Say, as `is_recording` does, whether an outer derivative is being taken through the rows or ``rest``."""
+    if is_recording(*rest):
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for row in rows for x in (row.param, row.grad, *row.slots))
 
 
-def any_nonfinite(grads: Sequence[Tensor], recording: bool) -> Tensor:
-    """Return a 0-d bool tensor on the gradients' device: is any element infinite or NaN?"""
-    if recording:
-        return ~torch.stack([g.detach().isfinite().all().to(grads[0].device) for g in grads]).all()
-    # A leaf is finite exactly if its largest magnitude is, or its least and its largest element.
-    on_cpu: list[Tensor] = []
-    elsewhere: list[Tensor] = []
-    for g in grads:
-        (on_cpu if g.device.type == "cpu" else elsewhere).append(g)
-    # On the CPU the infinity norm takes 25 times as long; on a GPU one launch for all leaves is what counts.
-    ends = [torch.stack(torch.aminmax(g)) for g in on_cpu if g.numel()]
-    if elsewhere:
-        ends.append(leaf_norms(elsewhere, math.inf))
-    finite = [e.isfinite().all().to(grads[0].device) for e in ends]
-    return ~torch.stack(finite).all() if finite else torch.zeros((), dtype=torch.bool, device=grads[0].device)
-
-
-def refuse_donation(function: str, rows: Sequence[Row], recording: bool) -> None:
+def refuse_donation(function: str, rows: Sequence[Row], grads: Any, recording: bool) -> None:
     """Refuse to work in place where that is wrong: under an outer derivative, or on memory that two leaves share."""
     require(
         not recording,
@@ -200,15 +180,28 @@ def refuse_donation(function: str, rows: Sequence[Row], recording: bool) -> None
     )
     if torch.compiler.is_compiling():
         return  # the compiler's tensors have no addresses
-    owner: dict[tuple[torch.device, int], tuple[str, int]] = {}
-    for row in rows:
-        for i, x in enumerate((row.param, *row.slots)):
-            first = owner.setdefault((x.device, x.data_ptr()), (row.path, i)) if x.numel() else (row.path, i)
-            require(
-                first == (row.path, i),
-                f"{function}: donate=True, but leaves {first[0]!r} and {row.path!r} share memory and would be updated "
-                "twice; keep a tied weight as one leaf (Tied), or clone one of them",
+    held = [(x, row) for row in rows for x in (row.param, *row.slots) if x.numel()]
+    if len({x.data_ptr() for x, _ in held}) == len(held):
+        return
+    owner: dict[tuple[torch.device, int], int] = {}
+    for x, row in held:
+        address = (x.device, x.data_ptr())
+        if address in owner:
+            a, b = (tree_paths(grads)[number] for number in (owner[address], row.number))
+            raise ValueError(
+                f"{function}: donate=True, but leaves {a!r} and {b!r} share memory and would be updated "
+                "twice; keep a tied weight as one leaf (Tied), or clone one of them"
             )
+        owner[address] = row.number
+
+
+def decays(grads: Any, rows: Sequence[Row], weight_decay: float, decay: Decay | None) -> list[float]:
+    """Return the weight decay of each row: ``weight_decay`` if the predicate chooses it, else 0."""
+    if decay is None or not weight_decay:
+        return [weight_decay] * len(rows)
+    where = places(grads)
+    chosen = [decay(where[row.number].path, whole_of(row.param, where[row.number])) for row in rows]
+    return [weight_decay if choice else 0.0 for choice in chosen]
 
 
 def update_rows(
@@ -217,22 +210,23 @@ def update_rows(
     formula: Formula,
     kernel: Kernel | None,
     *,
-    weight_decay: float,
-    decay: Decay | None,
+    weight_decays: Sequence[float],
     donate: bool,
     recording: bool,
 ) -> list[tuple[Tensor, ...]]:
-    """Return the new ``(param, *slots)`` of each row; where ``bad`` is true, the old ones, bit for bit."""
+    """Return the new ``(param, *slots)`` of each row; where ``bad`` is true, the old ones, bit for bit.
+
+    With ``donate`` these are the old tensors, with new values in them.
+    """
     out: list[tuple[Tensor, ...]] = [()] * len(rows)
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, row in enumerate(rows):
-        decayed = weight_decay if decay is None or decay(row.path, whole_of(row.param, row.place)) else 0.0
-        if kernel is None or recording or not _fits_kernel((row.param, *row.slots)):
+    for i, (row, decayed) in enumerate(zip(rows, weight_decays, strict=True)):
+        alike = _alike((row.param, row.grad, *row.slots))
+        if kernel is None or recording or not (_fits_kernel(row.param) and (alike or _alike((row.param, *row.slots)))):
             out[i] = _by_formula(row, bad, formula, decayed, donate, recording)
         else:
             # A gradient of another dtype or layout is converted on its own, so that one such copy is alive at a time.
-            alone = -1 if _alike((row.param, row.grad)) else i
-            groups.setdefault((row.param.device, row.param.dtype, decayed, alone), []).append(i)
+            groups.setdefault((row.param.device, row.param.dtype, decayed, -1 if alike else i), []).append(i)
     for (device, _, decayed, alone), members in groups.items():
         assert kernel is not None
         for i in members:
@@ -251,17 +245,21 @@ def update_rows(
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
     """Say whether the elements of these tensors, in order of memory, are the same ones and of one type."""
-    first = tensors[0]
-    return all(x.dtype == first.dtype and x.device == first.device and x.stride() == first.stride() for x in tensors)
+    dtype, device, stride = tensors[0].dtype, tensors[0].device, tensors[0].stride()
+    for x in tensors[1:]:  # noqa: SIM110 -- `all` of a generator takes twice as long, and this is done for every leaf
+        if x.dtype != dtype or x.stride() != stride or x.device != device:
+            return False
+    return True
 
 
-def _fits_kernel(tensors: tuple[Tensor, ...]) -> bool:
-    # The fused kernels walk through memory: on tensors of different strides they silently pair the wrong elements.
-    first = tensors[0]
-    dense = first.is_contiguous() or (first.ndim == 2 and first.mT.is_contiguous())
+def _fits_kernel(x: Tensor) -> bool:
+    """Say whether the fused kernels are right for a parameter, if what belongs to it is alike.
+
+    They walk through memory: with other strides than the parameter's they silently pair the wrong elements.
+    """
     # On the CPU fused SGD is wrong by a tenth of its step in 16 bits (torch 2.13), from 16 elements on.
-    exact = first.dtype in (torch.float32, torch.float64) if first.device.type == "cpu" else first.device.type == "cuda"
-    return dense and exact and _alike(tensors)
+    exact = x.is_cuda or (x.is_cpu and x.dtype in (torch.float32, torch.float64))
+    return exact and (x.is_contiguous() or (x.ndim == 2 and x.mT.is_contiguous()))
 
 
 def _by_formula(
@@ -285,15 +283,12 @@ def next_state(
     state: TrainState, rows: Sequence[Row | None], new: Sequence[Tensor], opt: Any, bad: Tensor, donate: bool
 ) -> TrainState:
     """Put the new params (one for each trained row) and optimizer state into the state that follows ``state``."""
-    updated = iter(new)
-    params = [p if row is None else next(updated) for p, row in zip(tree_leaves(state.params), rows, strict=True)]
-    result = dataclasses.replace(
-        state,
-        params=tree_replace_leaves(state.params, params),
-        opt=opt,
-        step=state.step + 1,
-        skipped=state.skipped + bad,
-    )
+    params = state.params
+    if not donate:  # else they are the same tensors
+        updated = iter(new)
+        leaves = [p if row is None else next(updated) for p, row in zip(tree_leaves(params), rows, strict=True)]
+        params = tree_replace_leaves(params, leaves)
+    result = dataclasses.replace(state, params=params, opt=opt, step=state.step + 1, skipped=state.skipped + bad)
     if donate:
         bury(state)
     return result

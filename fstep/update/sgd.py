@@ -14,16 +14,17 @@ from torch import Tensor
 
 from fstep.grad.autodiff import Predicate
 from fstep.state.state import TrainState
-from fstep.trace import is_recording
-from fstep.tree import pytree, tree_map, tree_replace_leaves
+from fstep.tree import pytree, tree_map, tree_paths, tree_replace_leaves
+from fstep.update.finite import to_skip
 from fstep.update.rows import (
     Decay,
-    any_nonfinite,
     check_update,
+    decays,
     line_up,
     next_state,
     refuse_donation,
     require,
+    rows_recording,
     select,
     trained,
     update_rows,
@@ -87,7 +88,9 @@ class SGD:
         zeros = torch.zeros_like if self.momentum else lambda leaf: leaf.new_zeros(0)
         return SGDState(tree_map(zeros, chosen))
 
-    def update(self, state: TrainState, grads: Any, *, lr: float | Tensor, donate: bool = False) -> TrainState:
+    def update(
+        self, state: TrainState, grads: Any, *, lr: float | Tensor, skip: Tensor | None = None, donate: bool = False
+    ) -> TrainState:
         """Take one step; arguments, skipping, donation and errors are those of `AdamW.update`.
 
         >>> import torch, fstep
@@ -101,18 +104,18 @@ class SGD:
         check_update("sgd", state, lr, SGDState)
         rows = line_up("sgd.update", state, grads, state.opt.momentum)
         live = trained(rows)
-        for row in live:
-            require(
-                not self.momentum or row.slots[0].shape == row.param.shape,
-                f"sgd.update: momentum is {self.momentum}, but opt state has no buffer for {row.path!r}; "
-                "call init of the same optimizer",
-            )
         if not self.momentum:
             live = [row._replace(slots=()) for row in live]
-        recording = is_recording(state.params, state.opt, grads, lr)
+        for row in live:
+            if self.momentum and row.slots[0].shape != row.param.shape:
+                raise ValueError(
+                    f"sgd.update: momentum is {self.momentum}, but opt state has no buffer for "
+                    f"{tree_paths(grads)[row.number]!r}; call init of the same optimizer"
+                )
+        recording = rows_recording(live, lr)
         if donate:
-            refuse_donation("sgd.update", live, recording)
-        bad = any_nonfinite([row.grad for row in live], recording)
+            refuse_donation("sgd.update", live, grads, recording)
+        bad = to_skip("sgd.update", skip, [row.grad for row in live], recording)
 
         def kernel(columns: list[list[Tensor]], grads: list[Tensor], weight_decay: float, found_inf: Tensor) -> None:
             buffers = columns[1] if self.momentum else []
@@ -130,13 +133,12 @@ class SGD:
             bad,
             formula,
             kernel,
-            weight_decay=self.weight_decay,
-            decay=self.decay,
+            weight_decays=decays(grads, live, self.weight_decay, self.decay),
             donate=donate,
             recording=recording,
         )
         opt = state.opt
-        if self.momentum:
+        if self.momentum and not donate:
             opt = SGDState(tree_replace_leaves(state.opt.momentum, [m for _, m in new]))
         return next_state(state, rows, [p for p, *_ in new], opt, bad, donate)
 

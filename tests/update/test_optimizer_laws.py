@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import fstep
+from fstep.grad.autodiff import split_trainable
 from fstep.state.state import DonatedError, TrainState, init_state
 from fstep.tree import tree_leaves, tree_map, tree_map_with_path, tree_paths, tree_replace_leaves
 from fstep.update.adamw import AdamW
@@ -146,6 +148,33 @@ def test_frozen_leaves_are_none_all_the_way(opt: Any) -> None:
     for _ in range(2):
         full = opt.update(full, tree_map(torch.ones_like, full.params), lr=0.1)
     assert bits(full.params["layers"][0]["q"]) == bits(state.params["layers"][0]["q"])
+
+
+@pytest.mark.parametrize("make", [lambda d: AdamW(weight_decay=0.1, decay=d), lambda d: SGD(weight_decay=0.1, decay=d)])
+def test_decay_is_asked_about_each_trained_parameter_by_name_and_as_a_whole(make: Any) -> None:
+    shapes = {"a": (3,), "b": (2, 4), "c": (5, 2), "d": (7,)}
+
+    def decayed(mesh: fstep.Mesh) -> Any:
+        asked: dict[str, tuple[int, ...]] = {}
+
+        def decay(path: str, leaf: torch.Tensor) -> bool:
+            asked[path] = tuple(leaf.shape)
+            return path == "c"
+
+        params: Any = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        if mesh.dp.size > 1:
+            params = fstep.shard_params(params, mesh.dp)
+        state = init_state(params, make(decay), trainable=lambda path: path != "b")
+        grads = tree_map(torch.zeros_like, split_trainable(params, lambda path: path != "b")[0])
+        new = make(decay).update(state, grads, lr=0.5)
+        moved = {path for path, p in zip(tree_paths(new.params), tree_leaves(new.params), strict=True) if (p != 1).any()}
+        return asked, moved, sum(p.numel() for p in tree_leaves(params["c"]))
+
+    ranks = [decayed(fstep.Mesh()), *fstep.simulate(decayed, dp=2)]
+    for asked, moved, held in ranks:
+        assert asked == {name: shape for name, shape in shapes.items() if name != "b"}
+        assert moved == ({"c"} if held else set())
+    assert any(held for _, _, held in ranks[1:])
 
 
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05, dtype=torch.float64)])
