@@ -164,7 +164,7 @@ def by_fstep(job: Job, rows: Callable[[], Sequence[fstep.Packed]]) -> tuple[Step
         grads, metrics = fstep.finalize_grads(grads, loss, mesh=mesh, max_norm=1.0, donate=True)
         if job.keep:
             kept["grads"] = {p: g.clone() for p, g in zip(tree_paths(grads), tree_leaves(grads), strict=True)}
-        kept["state"] = fstep.adamw.update(state, grads, lr=job.lr, donate=True)
+        kept["state"] = fstep.adamw.update(state, grads, lr=job.lr, skip=metrics["nonfinite"], donate=True)
         return metrics["loss"], metrics["grad_norm"]
 
     return step, lambda: kept["grads"]

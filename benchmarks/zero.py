@@ -60,7 +60,7 @@ def by_fstep(job: Job, batch: fstep.Packed, mesh: fstep.Mesh, reduce: torch.dtyp
         grads, metrics = fstep.finalize_grads(grads, loss, mesh=mesh, max_norm=1.0, donate=True)
         if job.keep:
             kept["grads"] = grads
-        kept["state"] = fstep.adamw.update(state, grads, lr=job.lr, donate=True)
+        kept["state"] = fstep.adamw.update(state, grads, lr=job.lr, skip=metrics["nonfinite"], donate=True)
         return metrics["loss"], metrics["grad_norm"]
 
     def grads() -> Named:

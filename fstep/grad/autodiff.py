@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge
 from fstep.grad.engine import from_function, run_engine
 from fstep.ratio import Ratio
 from fstep.trace import in_transform, is_recording
-from fstep.tree import check_callable, tree_leaves, tree_map, tree_map_with_path, tree_merge, tree_paths, tree_replace_leaves
+from fstep.tree import check_callable, tree_leaves, tree_map, tree_merge, tree_paths, tree_replace_leaves
 
 Predicate = Callable[[str], bool]
 
@@ -39,32 +39,37 @@ def split_trainable(params: Any, trainable: Predicate | None = None, *, none_is_
     >>> fstep.split_trainable(params, lambda path: "lora" in path)
     ({'base': None, 'lora': tensor([0.])}, {'base': tensor([1.]), 'lora': None})
     """
-    chosen: dict[str, bool] = {}
+    leaves, chosen = tree_leaves(params), choose_trainable(params, trainable, none_is_fine=none_is_fine)
+    pick = [leaf if mine else None for leaf, mine in zip(leaves, chosen, strict=True)]
+    rest = [None if mine else leaf for leaf, mine in zip(leaves, chosen, strict=True)]
+    return tree_replace_leaves(params, pick), tree_replace_leaves(params, rest)
 
-    def choose(path: str, leaf: Any) -> bool:
-        differentiable = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-        chosen[path] = differentiable if trainable is None else bool(trainable(path))
-        if chosen[path] and not differentiable:
+
+def choose_trainable(params: Any, trainable: Predicate | None, *, none_is_fine: bool = False) -> list[bool]:
+    """Say of each leaf whether it is trained; raises as `split_trainable` does."""
+    leaves = tree_leaves(params)
+    able = [isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in leaves]
+    if trainable is None:
+        if not any(able) and not none_is_fine:
+            raise ValueError(
+                f"split_trainable: none of {len(leaves)} leaves is a floating-point tensor, so there is nothing to "
+                "differentiate; pass a tree of parameters, and let the function close over the rest"
+            )
+        return able
+    paths = tree_paths(params)
+    chosen = [bool(trainable(path)) for path in paths]
+    for path, leaf, mine, fits in zip(paths, leaves, chosen, able, strict=True):
+        if mine and not fits:
             raise TypeError(
                 f"split_trainable: the predicate chose {path!r}, a {getattr(leaf, 'dtype', type(leaf).__name__)}, which can "
                 "have no gradient; let it choose floating-point tensors only"
             )
-        return chosen[path]
-
-    mask = tree_map_with_path(choose, params)
-    if not any(chosen.values()) and not none_is_fine:
-        if not chosen or trainable is None:
-            raise ValueError(
-                f"split_trainable: none of {len(chosen)} leaves is a floating-point tensor, so there is nothing to "
-                "differentiate; pass a tree of parameters, and let the function close over the rest"
-            )
+    if not any(chosen) and not none_is_fine:
         raise ValueError(
-            f"split_trainable: none of the {len(chosen)} leaves is trainable; paths look like {sorted(chosen)[:4]}, and "
+            f"split_trainable: none of the {len(chosen)} leaves is trainable; paths look like {sorted(paths)[:4]}, and "
             "`trainable` must be true for at least one"
         )
-    pick = tree_map(lambda leaf, m: leaf if m else None, params, mask)
-    rest = tree_map(lambda leaf, m: None if m else leaf, params, mask)
-    return pick, rest
+    return chosen
 
 
 def refuse_inference_mode(function: str) -> None:

@@ -66,11 +66,12 @@ def fold_layers(f: Callable[[int, Any, Any], Any], layers: Mapping[int, Any], x:
         )
     check_type("fold_layers", "layers", layers, Mapping, "a dict of layers by their number")
     order = sorted(layers)
-    passes = [_Layer(layers[i]) for i in order]
-    if in_transform() or not any(layer.nodes for layer in passes):
+    cut = any(map(is_pieces, optree.tree_leaves(dict(layers), is_leaf=is_pieces, namespace=NAMESPACE)))
+    if in_transform() or not cut:
         for i in order:
-            x = f(i, gather_params(layers[i]), x)
+            x = f(i, gather_params(layers[i]) if cut else layers[i], x)
         return x
+    passes = [_Layer(layers[i]) for i in order]
     token = passes[0].begin()
     for at, i in enumerate(order):
         x, whole = _enter(passes, at, token, x)

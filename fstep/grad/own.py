@@ -19,26 +19,31 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from fstep.grad.autodiff import Predicate, detach, private_leaf, read_grads, split_trainable
+from fstep.grad.autodiff import Predicate, choose_trainable, private_leaf, read_grads
 from fstep.grad.messages import tensors_of
 from fstep.grad.pieces import Call, Pieces, is_pieces
 from fstep.mesh.place import Stages
-from fstep.tree import NAMESPACE, Tied, tree_leaves, tree_map, tree_merge, tree_replace_leaves
+from fstep.tree import NAMESPACE, Tied, tree_leaves, tree_map, tree_replace_leaves
 
 
 class Own:
     """A call's own copy of params: ``tree`` to compute with, ``leaves`` to add gradients to, then `grads`."""
 
     def __init__(self, params: Any, trainable: Predicate | None, *, none_is_fine: bool = False) -> None:
-        self.pick, rest = split_trainable(params, trainable, none_is_fine=none_is_fine)
-        self.params = [private_leaf(x, recording=False) for x in tree_leaves(self.pick)]
-        tree = tree_merge(tree_replace_leaves(self.pick, self.params), detach(rest))
+        self.given, self.chosen = params, choose_trainable(params, trainable, none_is_fine=none_is_fine)
+        leaves = [
+            private_leaf(x, recording=False) if mine else x.detach() if isinstance(x, Tensor) else x
+            for x, mine in zip(tree_leaves(params), self.chosen, strict=True)
+        ]
+        self.params = [x for x, mine in zip(leaves, self.chosen, strict=True) if mine]
+        tree = tree_replace_leaves(params, leaves)
         self.nodes: list[Any] = []  # whose gradients are wanted
         self.twins: list[tuple[Tensor, Tensor]] = []
         self.twin_nodes: list[tuple[Any, Any]] = []
-        self.tree = self._with_twins(
-            optree.tree_map(self._with_call, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
-        )
+        kinds = set(map(type, optree.tree_leaves(tree, _is_special, none_is_leaf=True, namespace=NAMESPACE)))
+        if Pieces in kinds:
+            tree = optree.tree_map(self._with_call, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+        self.tree = self._with_twins(tree) if Tied in kinds else tree
         self.leaves = [*self.params, *(twin for _, twin in self.twins)]
 
     def grads(self) -> Any:
@@ -60,7 +65,8 @@ class Own:
             elif twin.grad is not None:
                 leaf.grad += twin.grad
             twin.grad = None
-        return tree_replace_leaves(self.pick, read_grads(self.params))
+        grads = iter(read_grads(self.params))
+        return tree_replace_leaves(self.given, [next(grads) if mine else None for mine in self.chosen])
 
     def _with_call(self, x: Any) -> Any:
         if not is_pieces(x):
@@ -109,6 +115,10 @@ class Own:
 
 def _is_tied(x: Any) -> bool:
     return isinstance(x, Tied)
+
+
+def _is_special(x: Any) -> bool:
+    return isinstance(x, Tied | Pieces)
 
 
 def _wanted(node: Pieces) -> list[Tensor | None]:
