@@ -100,7 +100,7 @@ def head_loss(x: Tensor, norm: Tensor, weight: Tensor, labels: Tensor, eps: floa
 def head_loss_of_fstep(x: Tensor, norm: Tensor, weight: Tensor, labels: Tensor, eps: float) -> Tensor:
     """Sum the same by fstep's head, which never holds all logits."""
     h = fstep.rms_norm(x, norm.to(x.dtype), eps=eps)
-    return -fstep.token_logprobs(h, weight.to(x.dtype), labels).sum()
+    return -fstep.token_logprob_sum(h, weight, labels, torch.ones_like(labels, dtype=torch.float32))
 
 
 def hand(job: Job, batch: fstep.Packed, attention: str) -> tuple[Step, Callable[[], Named]]:

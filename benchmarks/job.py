@@ -156,7 +156,7 @@ def by_fstep(job: Job, rows: Callable[[], Sequence[fstep.Packed]]) -> tuple[Step
     kept["state"] = fstep.init_state(job.params(), fstep.adamw)
 
     def loss_fn(p: Any, x: Tensor, mb: fstep.Packed) -> fstep.Ratio:
-        return fstep.sft_loss(model.logprobs(p, x, mb), mb.weights)
+        return fstep.Ratio(-model.logprob_sum(p, x, mb), mb.weights.sum())
 
     def step() -> tuple[Tensor, Tensor]:
         state = kept.pop("state")

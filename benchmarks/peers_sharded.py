@@ -91,7 +91,7 @@ def same(job: Job, batch: fstep.Packed) -> Decoder:
         return lambda p, x: model._block(p, x, *rest, c.windows[i], model, mesh)
 
     def head(x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
-        return fstep.sft_loss(model.logprobs({"norm": norm, "head": weight}, x, batch), batch.weights).num
+        return -model.logprob_sum({"norm": norm, "head": weight}, x, batch)
 
     layers = [Block(params["layers"][i], layer(i)) for i in range(c.layers)]
     return Decoder(Embed(params["embed"]), layers, Head(params["norm"], params["head"], head))

@@ -49,7 +49,7 @@ def sft_step(
     batch = microbatches(docs, mesh=mesh, max_tokens=max_tokens, device=device)
 
     def loss_fn(params: Any, x: torch.Tensor, mb: fstep.Packed) -> fstep.Ratio:
-        return fstep.sft_loss(model.logprobs(params, x, mb, mesh=mesh), mb.weights)
+        return fstep.Ratio(-model.logprob_sum(params, x, mb, mesh=mesh), mb.weights.sum())
 
     stage = model.stage(mesh)
     loss, grads = fstep.pp_forward_backward(stage, loss_fn, state.params, batch, axis=mesh.pp, schedule=schedule)
@@ -64,7 +64,7 @@ def evaluate(
     batch = microbatches(docs, mesh=mesh, max_tokens=max_tokens, device=device)
 
     def loss_fn(params: Any, x: torch.Tensor, mb: fstep.Packed) -> fstep.Ratio:
-        return fstep.sft_loss(model.logprobs(params, x, mb, mesh=mesh), mb.weights)
+        return fstep.Ratio(-model.logprob_sum(params, x, mb, mesh=mesh), mb.weights.sum())
 
     ratios = fstep.pp_forward(model.stage(mesh), loss_fn, params, batch, axis=mesh.pp, schedule=schedule)
     return float(fstep.psum(sum(ratios[1:], ratios[0]), axis=mesh.over("dp", "cp")).mean())

@@ -38,11 +38,12 @@ from fstep.mesh.simulate import simulate
 from fstep.mesh.transport import MeshError
 from fstep.ops.attention import packed_attention
 from fstep.ops.context import cp_attention, cp_gather_logprobs, cp_shard, cp_unshard
-from fstep.ops.head import head_logits, token_logprobs
+from fstep.ops.head import head_logits, token_logprob_sum, token_logprobs
+from fstep.ops.factors import split_weights
 from fstep.ops.layers import embed, linear, rms_norm, rotate
 from fstep.ops.rope import Rope, rope_tables
 from fstep.ops.tensor import tp_embed, tp_gather, tp_local, tp_row_linear, tp_scatter
-from fstep.ops.vocab import tp_head_logits, tp_token_logprobs
+from fstep.ops.vocab import tp_head_logits, tp_token_logprob_sum, tp_token_logprobs
 from fstep.ratio import Ratio
 from fstep.state.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
 from fstep.state.state import DonatedError, TrainState, init_state
@@ -168,11 +169,13 @@ __all__ = [
     "split_documents",
     "split_microbatches",
     "split_trainable",
+    "split_weights",
     "stage_ranks",
     "static",
     "stream_hf",
     "take_shard",
     "to_device",
+    "token_logprob_sum",
     "token_logprobs",
     "tp_embed",
     "tp_gather",
@@ -180,6 +183,7 @@ __all__ = [
     "tp_local",
     "tp_row_linear",
     "tp_scatter",
+    "tp_token_logprob_sum",
     "tp_token_logprobs",
     "tree_leaves",
     "tree_map",

@@ -94,7 +94,7 @@ class Dense:
     dtype: torch.dtype | None = None
     remat: Any = "none"
     attention: str = "auto"
-    context: str = "ring"
+    context: str = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -224,7 +224,9 @@ class Dense:
         weight = fstep.gather_params(params[head.to] if isinstance(head, Tied) else head)
         norm = fstep.tp_local(fstep.gather_params(params["norm"]), axis=mesh.tp)
         hidden = fstep.rms_norm(x, fstep.cast(norm, self.dtype), eps=self.config.eps)
-        return hidden, fstep.cast(weight, self.dtype)
+        (leaf,) = fstep.tree_leaves(weight)
+        # A wider weight stays as it is: the head rounds it for its products, and does not round the gradient.
+        return hidden, fstep.cast(weight, torch.promote_types(leaf.dtype, hidden.dtype))
 
     def logits(
         self,
@@ -279,3 +281,17 @@ class Dense:
         return fstep.tp_token_logprobs(  # type: ignore[call-overload]
             hidden, weight, mb.labels, axis=mesh.tp, temperature=temperature, entropy=entropy
         )
+
+    def logprob_sum(
+        self, params: Params, x: Tensor, mb: Packed, *, mesh: Mesh = Mesh(),  # noqa: B008
+        weights: Tensor | None = None, temperature: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """Return the sum of weight * log probability over the tokens, 0-d: less work than `logprobs` (`token_logprob_sum`).
+
+        ``weights`` are those of ``mb``, or other numbers [T] known before. Over ``mesh.cp`` it is a partial sum.
+        """
+        check_mesh("logprob_sum", mesh, self)
+        check_row("logprob_sum", mb, mesh)
+        hidden, weight = self._head(params, x, mesh)
+        weights = mb.weights if weights is None else weights
+        return fstep.tp_token_logprob_sum(hidden, weight, mb.labels, weights, axis=mesh.tp, temperature=temperature)

@@ -297,6 +297,15 @@ ROWS: dict[str, Row] = {
         lambda d: (lambda h, w: fstep.token_logprobs(h, w, LABELS, temperature=0.7, entropy=True), *hidden_and_head(d)),
         dtype=at_least_float32,
     ),
+    "token_logprob_sum": Row(
+        "token_logprob_sum",
+        lambda d: (
+            lambda h, w, s: fstep.token_logprob_sum(h, w, LABELS, s, temperature=0.7),
+            *hidden_and_head(d),
+            randn(3, 5, dtype=d),
+        ),
+        dtype=at_least_float32,
+    ),
     # loss
     "sft_loss": Row(
         "sft_loss", lambda d: (fstep.sft_loss, randn(1, 6, dtype=d), randn(2, 6, dtype=d).abs()), dtype=at_least_float32
@@ -316,6 +325,14 @@ ROWS: dict[str, Row] = {
     ),
     "lift": Row("lift", module_of),
     "remat": Row("remat", lambda d: (fstep.remat(quadratic), *at_1_2(d))),
+    "split_weights": Row(
+        "split_weights",
+        lambda d: (
+            fstep.split_weights(lambda p, x: torch.tanh(fstep.linear(x, p["w"]))),
+            {"w": randn(1, 3, 3, dtype=d)},
+            randn(2, 4, 3, dtype=d),
+        ),
+    ),
     "pp_forward_backward": Row(
         "pp_forward_backward Tied",
         lambda d: (
@@ -353,7 +370,8 @@ EXEMPT = {
     "HFTensor save_checkpoint load_checkpoint latest_step save_hf load_hf stream_hf": "read and write files",
     "Axis Mesh MeshError require_single mesh_from_env simulate": "about ranks",
     "Shard Copied Stages Place places bare cut_like": "say where a parameter lives",
-    "tp_embed tp_gather tp_head_logits tp_local tp_row_linear tp_scatter tp_token_logprobs": "communicate on an axis",
+    "tp_embed tp_gather tp_head_logits tp_local tp_row_linear tp_scatter tp_token_logprobs"
+    " tp_token_logprob_sum": "communicate on an axis",
     "psum pmax pvary as_partial all_gather reduce_scatter all_to_all ppermute broadcast take_shard":
         "communicate on an axis",
     "Pieces shard_params gather_params scatter_grads unshard_params fold_layers": "communicate on an axis",

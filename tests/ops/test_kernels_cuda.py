@@ -47,7 +47,8 @@ def on_gpu(lengths: list[int], xs: Any, method: str, window: int = 0, wrap: Any 
 def near(got: list[Tensor], want: list[Tensor]) -> None:
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         assert a.dtype == torch.bfloat16
-        assert (a.double().cpu() - b).norm() < 1e-2 * b.norm(), name
+        # A gradient may be nothing but rounding: a document of one token sees itself, whatever the query.
+        assert (a.double().cpu() - b).norm() < 1e-2 * b.norm() + 1e-4 * b.numel() ** 0.5, name
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
