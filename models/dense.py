@@ -50,8 +50,14 @@ def qkv(p: Params, h: Tensor, cos: Tensor, sin: Tensor, model: Dense, mesh: Mesh
 
 def mlp(p: Params, h: Tensor, model: Dense) -> Tensor:
     """Make this rank's part of the hidden features, for all tokens [T, dim]."""
-    gate = ACTIVATIONS[model.config.act](fstep.linear(h, p["gate"], p.get("gate_bias")))
-    return gate * fstep.linear(h, p["up"], p.get("up_bias"))
+    gate, up = fstep.linear(h, p["gate"], p.get("gate_bias")), fstep.linear(h, p["up"], p.get("up_bias"))
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        return ACTIVATIONS[model.config.act](gate) * up
+
+    # The largest that a block would remember, and two pointwise operations make it again: where they are compiled into the
+    # kernel that reads gate and up anyway, for a quarter of a percent of a step's time.
+    return (fstep.remat(gated) if torch.compiler.is_compiling() else gated)(gate, up)
 
 
 def block(

@@ -72,6 +72,7 @@ def fold_layers(f: Callable[[int, Any, Any], Any], layers: Mapping[int, Any], x:
             x = f(i, gather_params(layers[i]) if cut else layers[i], x)
         return x
     passes = [_Layer(layers[i]) for i in order]
+    passes[0].first = True
     token = passes[0].begin()
     for at, i in enumerate(order):
         x, whole = _enter(passes, at, token, x)
@@ -113,6 +114,7 @@ class _Layer:
             for node, own in zip(self.nodes, self.leaves, strict=True)
         ]
         self.recorded = False
+        self.first = False
         self.started: list[Gathering] | None = None
         self.buffers: list[list[Tensor | None]] | None = None
         self.sums: list[Gathering] | None = None
@@ -191,6 +193,11 @@ class _Layer:
     def finish_sum(self) -> list[Tensor | None]:
         """Return the gradients of the pieces."""
         assert self.sums is not None
+        if self.first:  # what is in front of the layers need not wait for it
+            for k, node in enumerate(self.nodes):
+                if node.call is not None and node.sums != "step":
+                    node.call.keep(node, self.like[k], self.sums[k])
+                    self.sums[k] = [None for _ in node.parts]
         done = [finish_sum(*each) for each in zip(self.nodes, self.like, self.sums, strict=True)]
         self.sums = None
         leaves = [x for own in self.leaves for x in own]

@@ -257,7 +257,7 @@ class Call:
     def add(self, node: Pieces, like: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
         """Take gradients of whole parameters: start their sum over the ranks or, if that is made once a step, keep them."""
         if node.sums != "step":
-            self.finish(node, like)
+            self.finish(node, like)  # first, so that its memory is free
             self.sums = start_sum(node, like, grads)
             return
         for at, (x, grad) in enumerate(zip(like, grads, strict=True)):
@@ -266,6 +266,11 @@ class Call:
                 held += grad
             elif x is not None and grad is not None:  # a copy: autograd may hand one tensor to two leaves
                 self.whole[at] = grad.to(x.dtype, copy=True)
+
+    def keep(self, node: Pieces, like: Sequence[Tensor | None], sums: Gathering) -> None:
+        """Take a sum under way, to be waited for when the next one comes or at the end."""
+        self.finish(node, like)
+        self.sums = sums
 
     def start(self, node: Pieces, like: Sequence[Tensor | None]) -> None:
         """Begin the sum that is made once a step."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fstep.batch.packed import Packed
 from fstep.mesh import exchange as ex
@@ -23,10 +24,12 @@ from fstep.mesh.axis import Axis, check_axis
 from fstep.mesh.collectives import Grad, all_gather, check_grad
 from fstep.ops import zigzag
 from fstep.ops.attention import attend, causal, check_attention, check_method, packed_attention
+from fstep.ops.gathered import gathered_attention
 from fstep.ops.ring import ring_attention
+from fstep.trace import in_transform
 from fstep.tree import check_type, tree_map
 
-METHODS = ("ring", "allgather", "ulysses")
+METHODS = ("auto", "ring", "allgather", "ulysses")
 
 
 def cp_shard(packed: Packed, *, axis: Axis) -> Packed:
@@ -161,7 +164,7 @@ def cp_attention(
     max_seqlen: int,
     window: int = 0,
     scale: float | None = None,
-    method: Literal["ring", "allgather", "ulysses"] | str = "ring",
+    method: Literal["auto", "ring", "allgather", "ulysses"] | str = "auto",
     kernel: str = "auto",
 ) -> Tensor:
     """Causal attention of a row that `cp_shard` has cut. Inputs and output: shards over ``axis``, gradients too.
@@ -171,9 +174,10 @@ def cp_attention(
     the shard (``cu_seqlens_padded``); ``window`` counts places of the document, wherever they are. How ranks talk changes
     cost and not the result:
 
-    - ``"ring"``: keys and values go round, the next while the present ones are used. Memory does not grow with the row.
-    - ``"allgather"``: every rank gets all keys and values, and uses those before its queries.
-    - ``"ulysses"``: every rank gets all tokens of some of the heads, which have to divide.
+    - ``"allgather"``: every rank gets all keys and values, and uses those before its queries, in one call of the kernel.
+    - ``"ulysses"``: every rank gets all tokens of some of the heads, which have to divide; one call of the kernel.
+    - ``"ring"``: keys and values go round, the next while the present ones are used; a call of the kernel for each rank's.
+    - ``"auto"``: the first of these whose copies stay near a rank's own size, however long the row is; see `choose`.
 
     ``kernel`` is a method of `packed_attention`. On an axis of size 1 this is `packed_attention`. A ring can be
     differentiated once, and not under torch.func; ``kernel="math"``, which can, needs another method.
@@ -212,31 +216,50 @@ def cp_attention(
     if not torch.is_grad_enabled():  # which autograd functions do not see, and ranks compare whether something is recorded
         q, k, v = q.detach(), k.detach(), v.detach()
     window = 0 if window >= axis.size * max_seqlen else window
-    if method == "ring":
-        return ring_attention(q, k, v, cu, axis=axis, max_seqlen=max_seqlen, window=window, scale=scale, kernel=kernel)
-    run = _allgather if method == "allgather" else _ulysses
-    return run(q, k, v, cu, axis, max_seqlen, window, scale, kernel)
+    method = choose(axis.size, q.shape[1], k.shape[1], window, kernel) if method == "auto" else method
+    run = {"ring": ring_attention, "allgather": gathered_attention, "ulysses": _ulysses}[method]
+    return run(q, k, v, cu, axis=axis, max_seqlen=max_seqlen, window=window, scale=scale, kernel=kernel)
 
 
-def _allgather(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, axis: Axis, max_seqlen: int, window: int, scale: float, kernel: str
-) -> Tensor:
-    """Attend with this rank's queries over all keys before them, which all ranks have sent."""
-    tokens = len(q)
-    kv = ex.all_gather(torch.stack([k, v], dim=1), axis, 0, "sum", "cp_attention")
-    at, cu_k = zigzag.prefixes(cu, tokens, axis.rank, axis.size)
-    rows = zigzag.order(cu, tokens, axis.size)[at]
-    chunks = (cu.diff() // 2).repeat_interleave(2)
-    cu_q = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
-    # A key lies before both chunks of queries or before one: index_select adds at most two gradients, in any order.
-    k, v = kv.index_select(0, rows).unbind(1)
-    last = (2 * axis.size - axis.rank) * (max_seqlen // 2)
-    spans = causal(cu_q.to(cu.dtype), cu_k.to(cu.dtype), max_seqlen // 2, last, window)
-    return attend(q, k, v, spans, scale=scale, method=kernel)
+def choose(size: int, heads: int, kv_heads: int, window: int, kernel: str) -> str:
+    """Return what "auto" means: the least that is exposed, where it does not take more memory than a rank's own tensors do.
+
+    A document of n tokens is computed in a time like n^2 and gathered in one like n, which at 128k tokens is 2% of it. A
+    ring hides that, and pays for it by joining results in float32. So keys and values are gathered if that makes them at
+    most four times a rank's queries, which is so for ``2 * size * kv_heads <= 4 * heads``: 8 ranks where four heads share a
+    key head. Otherwise heads are traded if they divide, and the ring is left: it asks for nothing. With a window it would
+    wait for the host, and it cannot be differentiated twice.
+    """
+    if 2 * size * kv_heads <= 4 * heads or in_transform():
+        return "allgather"
+    if heads % size == kv_heads % size == 0:
+        return "ulysses"
+    return "allgather" if window or kernel == "math" else "ring"
+
+
+class _Reorder(Function):
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.orders = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        order, back = ctx.orders
+        return _reorder(g, back, order), None, None
+
+
+def _reorder(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """Return x[order]; ``back`` is the inverse, so that the gradient is laid back, where indexing would add it up."""
+    out: Tensor = _Reorder.apply(x, order, back)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _ulysses(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, axis: Axis, max_seqlen: int, window: int, scale: float, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, *, axis: Axis, max_seqlen: int, window: int, scale: float, kernel: str
 ) -> Tensor:
     """Trade tokens for heads, attend over whole documents, and trade back."""
     tokens, heads, size = len(q), q.shape[1], axis.size
@@ -248,9 +271,9 @@ def _ulysses(
     # Key heads that do not divide are copied until they do; both numbers divide heads, and so does what they make.
     copies = size // math.gcd(k.shape[1], size)
     k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-    order = zigzag.order(cu, tokens, size)
-    q, k, v = (ex.all_to_all(x, axis, 1, 0, "cp_attention")[order] for x in (q, k, v))
+    back = torch.cat([zigzag.places(cu, tokens, rank, size) for rank in range(size)])
+    order = zigzag.inverse(back)
+    q, k, v = (_reorder(ex.all_to_all(x, axis, 1, 0, "cp_attention"), order, back) for x in (q, k, v))
     spans = causal(cu * size, cu * size, size * max_seqlen, size * max_seqlen, window)
     y = attend(q, k, v, spans, scale=scale, method=kernel)
-    back = torch.cat([zigzag.places(cu, tokens, rank, size) for rank in range(size)])
-    return ex.all_to_all(y[back], axis, 0, 1, "cp_attention")
+    return ex.all_to_all(_reorder(y, back, order), axis, 0, 1, "cp_attention")

@@ -34,25 +34,47 @@ def places(cu: Tensor, tokens: int, rank: int, size: int) -> Tensor:
 
 def order(cu: Tensor, tokens: int, size: int) -> Tensor:
     """Return for each place of the whole row where it is among the ranks' rows, laid end to end: ``whole = rows[order]``."""
-    at = torch.cat([places(cu, tokens, rank, size) for rank in range(size)])
+    return inverse(torch.cat([places(cu, tokens, rank, size) for rank in range(size)]))
+
+
+def inverse(at: Tensor) -> Tensor:
+    """Return the permutation that leads back."""
     return torch.empty_like(at).index_copy_(0, at, torch.arange(len(at), device=at.device))
 
 
-def halves(cu: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the places, in a rank's own row, of the first chunks of all documents, and of the second ones."""
+def ranges(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Return the places from each start on, as many as its length says, laid end to end; ``total`` in all."""
+    begins = lengths.cumsum(0) - lengths
+    return torch.arange(total, device=starts.device) + spread(starts - begins, lengths, total)
+
+
+def halves(cu: Tensor, tokens: int) -> tuple[Tensor | slice, Tensor | slice]:
+    """Return the places, in a rank's own row, of the first chunks of all documents, and of the second ones.
+
+    Slices if there is one document, so that nothing is copied.
+    """
+    half = tokens // 2
+    if len(cu) == 2:
+        return slice(half), slice(half, tokens)
     chunks = cu.diff() // 2
-    first = torch.arange(tokens // 2, device=cu.device) + spread(cu[:-1] // 2, chunks, tokens // 2)
-    return first, first + spread(chunks, chunks, tokens // 2)
+    return ranges(cu[:-1], chunks, half), ranges(cu[:-1] + chunks, chunks, half)
 
 
 def prefixes(cu: Tensor, tokens: int, rank: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return for each chunk of a rank, in its own order, the places in the whole row from its document's start to its end.
+    """Return for each chunk of a rank, in its own order, where its document is from the start to the chunk's end.
 
-    They are laid end to end; the second result says where each chunk's begin.
+    That is among the ranks' rows, laid end to end. Prefixes are laid end to end too; the second result says where each
+    begins.
     """
     chunks = cu.diff() // 2
     lengths = torch.stack([(rank + 1) * chunks, (2 * size - rank) * chunks], dim=1).flatten()
     ends = lengths.cumsum(0)
     total = (2 * size + 1) * (tokens // 2)  # r+1 chunks and 2C-r chunks: the same on every rank
-    shift = size * cu[:-1].repeat_interleave(2) - (ends - lengths)
-    return torch.arange(total, device=cu.device) + spread(shift, lengths, total), torch.nn.functional.pad(ends, (1, 0))
+    at = torch.arange(total, device=cu.device)
+    known = torch.stack([cu[:-1].repeat_interleave(2), chunks.repeat_interleave(2), ends - lengths])
+    start, chunk, begin = known[:, torch.searchsorted(ends, at, right=True)]
+    number = (at - begin) // chunk
+    later = (number >= size).to(number.dtype)  # 1 where a rank has it as its second chunk
+    owner = number + later * (2 * size - 1 - 2 * number)
+    where = owner * tokens + start + (at - begin) + (later - number) * chunk
+    return where, torch.nn.functional.pad(ends, (1, 0))

@@ -169,3 +169,24 @@ def test_inductor_in_float64() -> None:
     got, expected = run(compiled, p, mb), run(eager, p, mb)
     for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_gated_product_is_made_again() -> None:
+    """Of what is as wide as the MLP, a compiled block remembers gate and up; their product is in no saved tensor."""
+    packed = fstep.pack_thd(fstep.make_docs([torch.arange(30), torch.arange(18)]))
+    saved: dict[bool, int] = {}
+    for compiled in (False, True):
+        dense = model(compile=compiled)
+        config = dataclasses.replace(dense.config, ffn=88)
+        dense = dataclasses.replace(dense, config=config)
+        params = fstep.tree_map(lambda x: x.requires_grad_(), dense.init(fstep.Key.seed(0)))
+        shapes: list[tuple[int, ...]] = []
+
+        def pack(t: Tensor, shapes: list[tuple[int, ...]] = shapes) -> Tensor:
+            shapes.append(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            dense.stage()(params, None, packed)
+        saved[compiled] = shapes.count((48, 88)) // config.layers
+    assert saved == {False: 4, True: 2}

@@ -392,9 +392,9 @@ def test_zero_on_a_mesh_is_the_same(remat: str, monkeypatch: pytest.MonkeyPatch)
     whole, packed = params_of(model), pack(4)
     kinds, fold = set(), fstep.fold_layers
 
-    def watch(f: Any, layers: Any, x: Any) -> Any:
+    def watch(f: Any, layers: Any, x: Any, **more: Any) -> Any:
         kinds.update(type(layer) for layer in layers.values())
-        return fold(f, layers, x)
+        return fold(f, layers, x, **more)
 
     monkeypatch.setattr(fstep, "fold_layers", watch)
 
@@ -481,7 +481,7 @@ def test_heads_that_ulysses_cannot_deal_out_are_refused() -> None:
 
 
 def test_words_that_nobody_knows_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="Dense: context 'rings' is unknown; pass one of ring, allgather, ulysses"):
+    with pytest.raises(ValueError, match="Dense: context 'rings' is unknown; pass one of auto, ring, allgather, ulysses"):
         Dense(config_of(False), context="rings")
     with pytest.raises(ValueError, match="Dense: attention 'fast' is unknown; pass one of auto"):
         Dense(config_of(False), attention="fast")
