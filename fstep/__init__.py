@@ -38,8 +38,8 @@ from fstep.mesh.simulate import simulate
 from fstep.mesh.transport import MeshError
 from fstep.ops.attention import packed_attention
 from fstep.ops.context import cp_attention, cp_gather_logprobs, cp_shard, cp_unshard
-from fstep.ops.head import head_logits, token_logprob_sum, token_logprobs
 from fstep.ops.factors import split_weights
+from fstep.ops.head import head_logits, token_logprob_sum, token_logprobs
 from fstep.ops.layers import embed, linear, rms_norm, rotate
 from fstep.ops.rope import Rope, rope_tables
 from fstep.ops.tensor import tp_embed, tp_gather, tp_local, tp_row_linear, tp_scatter

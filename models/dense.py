@@ -27,64 +27,12 @@ from fstep.ops.attention import check_method
 from fstep.ops.context import METHODS
 from fstep.ops.tensor import part_of
 from fstep_models.config import read_json, tokenizer_files
-from fstep_models.dense_config import ACTIVATIONS, Config
+from fstep_models.dense_block import block, mlp, qkv
+from fstep_models.dense_config import Config
 from fstep_models.dense_parts import check_mesh, check_row, spec_on
 
 Params = dict[Any, Any]
 __all__ = ["Config", "Dense", "block"]
-
-
-def qkv(p: Params, h: Tensor, cos: Tensor, sin: Tensor, model: Dense, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
-    """Make queries, keys and values of this rank's heads, for all tokens [T, dim]."""
-    c, tp = model.config, mesh.tp
-    q = fstep.linear(h, p["q"], p.get("q_bias")).view(-1, c.heads // tp.size, c.head_dim)
-    k = fstep.linear(h, p["k"], p.get("k_bias")).view(len(h), -1, c.head_dim)
-    v = fstep.linear(h, p["v"], p.get("v_bias")).view(len(h), -1, c.head_dim)
-    if c.kv_heads % tp.size:  # fewer key heads than ranks: every rank has them all, and uses the one of its queries
-        mine = tp.rank * c.kv_heads // tp.size
-        k, v = k[:, mine : mine + 1], v[:, mine : mine + 1]
-    if "q_norm" in p:
-        q, k = fstep.rms_norm(q, p["q_norm"], eps=c.eps), fstep.rms_norm(k, p["k_norm"], eps=c.eps)
-    return fstep.rotate(q, cos, sin), fstep.rotate(k, cos, sin), v
-
-
-def mlp(p: Params, h: Tensor, model: Dense) -> Tensor:
-    """Make this rank's part of the hidden features, for all tokens [T, dim]."""
-    gate, up = fstep.linear(h, p["gate"], p.get("gate_bias")), fstep.linear(h, p["up"], p.get("up_bias"))
-
-    def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return ACTIVATIONS[model.config.act](gate) * up
-
-    # The largest that a block would remember, and two pointwise operations make it again: where they are compiled into the
-    # kernel that reads gate and up anyway, for a quarter of a percent of a step's time.
-    return (fstep.remat(gated) if torch.compiler.is_compiling() else gated)(gate, up)
-
-
-def block(
-    layer: Params,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    window: int,
-    model: Dense,
-    mesh: Mesh,
-    *,
-    pieces: tuple[Callable[..., Any], ...] = (fstep.rms_norm, qkv, mlp),
-) -> Tensor:
-    """Run one decoder layer on this rank's tokens [ceil(T / tp), dim]; attention sees all T of them, of some heads."""
-    norm, project, feed = pieces
-    eps, tokens = model.config.eps, len(cos)
-    p = fstep.cast(layer, model.dtype)
-    h = fstep.tp_gather(norm(x, p["attn_norm"], eps=eps), axis=mesh.tp, tokens=tokens)
-    q, k, v = project(p, h, cos, sin, model, mesh)
-    y = fstep.cp_attention(
-        q, k, v, cu_seqlens, axis=mesh.cp, max_seqlen=max_seqlen, window=window, method=model.context, kernel=model.attention
-    )
-    x = x + fstep.tp_row_linear(y.flatten(1), p["o"], p.get("o_bias"), axis=mesh.tp)
-    h = fstep.tp_gather(norm(x, p["mlp_norm"], eps=eps), axis=mesh.tp, tokens=tokens)
-    return x + fstep.tp_row_linear(feed(p, h, model), p["down"], p.get("down_bias"), axis=mesh.tp)
 
 
 @dataclass(frozen=True)
@@ -108,11 +56,19 @@ class Dense:
             raise ValueError(f"Dense: context {self.context!r} is unknown; pass one of {', '.join(METHODS)}")
         check_method("Dense", "attention", self.attention)
 
+    def _through(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        run = fstep.remat(f, self.remat)
+        return torch.compile(run, fullgraph=True) if self.compile else run
+
     @cached_property
     def _block(self) -> Callable[..., Tensor]:
         """The block where nothing is exchanged inside."""
-        run = fstep.remat(block, self.remat)
-        return torch.compile(run, fullgraph=True) if self.compile else run
+        return self._through(block)
+
+    @cached_property
+    def _block_in_halves(self) -> Callable[..., Tensor]:
+        """The same in a pipeline, whose schedule may put weights' gradients off."""
+        return fstep.split_weights(block, through=self._through)
 
     @cached_property
     def _block_on_mesh(self) -> Callable[..., Tensor]:
@@ -205,7 +161,8 @@ class Dense:
                 x = fstep.tp_embed(mb.tokens, fstep.gather_params(params["embed"]), axis=mesh.tp)
                 x = x if self.dtype is None else x.to(self.dtype)
             cos, sin = self._tables(mb, x.dtype)
-            run_block = self._block if mesh.cp.size == mesh.tp.size == 1 else self._block_on_mesh
+            alone = self._block if mesh.pp.size == 1 else self._block_in_halves
+            run_block = alone if mesh.cp.size == mesh.tp.size == 1 else self._block_on_mesh
 
             def layer(i: int, p: Params, x: Tensor) -> Tensor:
                 part_of(f"Dense.stage: layers.{i}.q", p["q"], mesh.tp, dim=0)

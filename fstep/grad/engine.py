@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fstep.grad.remat import Rematerialised
+from fstep.ops.factors import Products
 
 
 def from_function(y: Tensor | GradientEdge) -> bool:
@@ -27,18 +28,24 @@ def in_one_piece(node: Any) -> bool:
     return node.name() in ("CompiledFunctionBackward", f"{Rematerialised.__name__}Backward")
 
 
+def is_products(node: Any) -> bool:
+    """Say whether a node multiplies the factors of weights' gradients, as `split_weights` has it."""
+    return bool(node.name() == f"{Products.__name__}Backward")
+
+
 def run_engine(
     outputs: Sequence[Tensor | GradientEdge],
     cotangents: Sequence[Tensor],
     inputs: Sequence[Tensor | GradientEdge],
     *,
     accumulate: bool,
+    keep: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Add the gradients of ``inputs`` to their ``.grad``, or return them and keep the graph."""
+    """Add the gradients of ``inputs`` to their ``.grad``, or return them and keep the graph, unless told not to."""
     found: tuple[Tensor | None, ...] = torch.autograd.graph._engine_run_backward(
         tuple(outputs),
         tuple(cotangents),
-        not accumulate,
+        not accumulate if keep is None else keep,
         False,
         tuple(inputs),
         allow_unreachable=True,

@@ -66,7 +66,8 @@ def fold_layers(f: Callable[[int, Any, Any], Any], layers: Mapping[int, Any], x:
         )
     check_type("fold_layers", "layers", layers, Mapping, "a dict of layers by their number")
     order = sorted(layers)
-    cut = any(map(is_pieces, optree.tree_leaves(dict(layers), is_leaf=is_pieces, namespace=NAMESPACE)))
+    tree: Any = dict(layers)
+    cut = any(map(is_pieces, optree.tree_leaves(tree, is_leaf=is_pieces, namespace=NAMESPACE)))
     if in_transform() or not cut:
         for i in order:
             x = f(i, gather_params(layers[i]) if cut else layers[i], x)

@@ -5,18 +5,22 @@
             w1       w2              weight half: from what was noted, down each side branch
 
 Each half costs about one forward. Two whole passes would cost three, since the second would walk along the line again.
+
+Through what is compiled or rematerialised backward goes only once. There the weights' gradients that `split_weights` leaves
+as two factors are what can wait: the first half returns the factors, and the graph can go; the second multiplies them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fstep.grad.autodiff import backward_into
-from fstep.grad.engine import from_function, in_one_piece, run_engine
+from fstep.grad.engine import from_function, in_one_piece, is_products, run_engine
+from fstep.ops.factors import flat
 
 Node = Any
 WeightHalf = Callable[[], None]
@@ -29,12 +33,13 @@ def backward_halves(
 
     ``inputs`` and ``leaves`` are leaves of the graph. What cannot be put off is computed at once and added later: the
     gradients of a function of the user's own, which come in one piece, and of a weight used by several operations. Where
-    a part of the graph is compiled or rematerialised, all of it is computed at once, and nothing is left for later.
+    `split_weights` left products, or a part of the graph is compiled or rematerialised, all else is computed at once.
     """
     order, line = _line(outputs, inputs)
-    if any(in_one_piece(node) for node in order):
-        backward_into(outputs, cotangents, [*leaves, *inputs])
-        return [x.grad for x in inputs], lambda: None
+    if any(in_one_piece(node) or is_products(node) for node in order):
+        # What reaches an input is on its way, products of weights that are gathered behind it (ZeRO-3) included.
+        products = [node for node in order if is_products(node) and node not in line]
+        return _halves_by_factors(products, outputs, cotangents, inputs, leaves)
     branches = {node: [e for e in _edges(node) if e.node not in line] for node in order if node in line}
     users: dict[tuple[Node, int], int] = {}
     for edges in branches.values():
@@ -79,6 +84,99 @@ def backward_halves(
         arrived.clear()
 
     return grads[: len(inputs)], weight_half
+
+
+def _halves_by_factors(
+    products: Sequence[Node],
+    outputs: Sequence[GradientEdge],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+) -> tuple[list[Tensor | None], WeightHalf]:
+    """Go through the whole graph now, but keep the factors of products for later."""
+    wanted = {id(x) for x in leaves}
+    waiting, number = list(products), -1
+    while len(waiting) != number:
+        # The engine goes to whatever is asked for: to the leaves that can be reached without products that wait. A product
+        # from which one of them can be reached cannot wait, and then neither can what that one leads to.
+        stop, number = set(waiting), len(waiting)
+        reached = _reach([o.node for o in outputs], stop=stop)
+        now = [node for node in reached if id(_leaf(node)) in wanted]
+        waiting = [node for node in waiting if not _reach([node]) & set(now)]
+    factors = [e for node in waiting for e in _stand_ins(node)]
+    asked = [*map(get_gradient_edge, inputs), *factors, *(GradientEdge(node, 0) for node in now)]
+    found = list(run_engine(outputs, cotangents, asked, accumulate=False, keep=False))
+    grads, arrived, rest = found[: len(inputs)], found[len(inputs) : len(asked) - len(now)], found[len(asked) - len(now) :]
+    for node, g in zip(now, rest, strict=True):
+        leaf = _leaf(node)
+        if g is not None:
+            leaf.grad = g if leaf.grad is None else leaf.grad.add_(g)
+    roots = list(outputs)  # they own the nodes of products; what else the graph had saved is gone
+
+    def weight_half() -> None:
+        while waiting:
+            edges = _stand_ins(waiting.pop())
+            own = [arrived.pop() for _ in edges][::-1]
+            left = _add_products(edges[0].node, own, wanted)
+            own.clear()
+            given = [(e, g) for e, g in zip(edges, left, strict=True) if g is not None]
+            backward_into([e for e, _ in given], [g for _, g in given], leaves)
+        roots.clear()
+
+    return grads, weight_half
+
+
+def backward_whole(outputs: Sequence[GradientEdge], cotangents: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Add the gradients of ``leaves`` to their ``.grad`` like `backward_into`, products straight into what is there."""
+    wanted = {id(x) for x in leaves}
+
+    def into(node: Node) -> Callable[[Any], Any]:
+        return lambda factors: tuple(_add_products(node, factors, wanted))
+
+    hooks = [n.register_prehook(into(n)) for n in _reach([o.node for o in outputs]) if is_products(n)]
+    try:
+        backward_into(outputs, cotangents, leaves)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _add_products(node: Node, factors: Sequence[Tensor | None], wanted: set[int]) -> list[Tensor | None]:
+    """Add ``g.T @ h`` to the gradients of leaves, where it needs not be written down before, and return what is left to do.
+
+    Of 16-bit numbers the sum is then rounded once and not twice. Wider ones are left to be added afterwards, which gives the
+    bits of a backward pass in one piece.
+    """
+    left = list(factors)
+    for at, (child, _) in enumerate(node.next_functions):
+        leaf, g, h = _leaf(child), left[2 * at], left[2 * at + 1]
+        if id(leaf) not in wanted or leaf.grad is None or g is None or h is None:
+            continue
+        if leaf.grad.itemsize == 2 and leaf.grad.dtype == g.dtype == h.dtype:
+            leaf.grad.addmm_(flat(g).t(), flat(h))
+            left[2 * at] = left[2 * at + 1] = None
+    return left
+
+
+def _leaf(node: Node) -> Any:
+    """Return the leaf whose gradient a node adds up, if it does."""
+    return getattr(node, "variable", None)
+
+
+def _stand_ins(node: Node) -> list[GradientEdge]:
+    return [GradientEdge(node, i) for i in range(2 * len(node.next_functions))]
+
+
+def _reach(start: Sequence[Node], stop: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes that can be reached, not going beyond those to ``stop`` at."""
+    seen: set[Node] = set()
+    stack = list(start)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(child for child, _ in node.next_functions if child is not None and node not in stop)
+    return seen
 
 
 def _grad(outputs: Sequence[tuple[GradientEdge, Tensor]], inputs: Sequence[GradientEdge]) -> Sequence[Tensor | None]:

@@ -1,8 +1,10 @@
 """Running a `Schedule`: one rank goes through its row of the table, action by action.
 
-    F s.m    receive x, or take it from the stage before on this rank; run the stage; send what comes out
-    B s.m    receive the gradient of what came out; go back through the stage; send the gradient of x
+    F s.m    take x, received or from the stage before on this rank; run the stage; send what comes out
+    B s.m    take the gradient of what came out; go back through the stage; send the gradient of x
     I s.m    the half of B that others wait for            W s.m    the other half
+
+Between actions a rank starts to receive what has been sent by then, and lets go of what others have (`traffic`).
 
 Everything that has to be remembered from a forward to its backward pass is a local value of one call: after the last action
 there is nothing left, so a call never meets what an earlier one has left behind.
@@ -10,7 +12,6 @@ there is nothing left, so a call never meets what an earlier one has left behind
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fstep.grad.autodiff import backward_into, detach
+from fstep.grad.autodiff import detach
 from fstep.grad.engine import from_function
-from fstep.grad.halves import WeightHalf, backward_halves
-from fstep.grad.messages import BACKWARD, recv_tensors, recv_tree, send_tensors, send_tree, tensors_of, with_tensors
+from fstep.grad.halves import WeightHalf, backward_halves, backward_whole
+from fstep.grad.messages import BACKWARD, Coming, recv_tensors, recv_tree, send_tensors, send_tree, tensors_of, with_tensors
 from fstep.grad.schedule import Action, Schedule
-from fstep.grad.window import send_window
+from fstep.grad.traffic import links, traffic
 from fstep.mesh.axis import Axis
+from fstep.mesh.exchange import transport
 from fstep.mesh.transport import MeshError, Pending
 from fstep.ratio import Ratio
 from fstep.tree import tree_map
@@ -65,32 +67,45 @@ class Run:
         self.live: dict[tuple[int, int], _Live] = {}
         self.halves: dict[tuple[int, int], WeightHalf] = {}
         self.handed: dict[Action, Any] = {}  # from a stage to its neighbour on the same rank
-        self.sent: deque[list[Pending[Any]]] = deque()
-        self.window = send_window(schedule)
+        self.x_coming: dict[Action, Coming] = {}
+        self.grads_coming: dict[Action, list[Pending[Tensor]]] = {}
+        self.sent: dict[Action, list[Pending[Any]]] = {}
         self.results: list[Any] = [None] * schedule.microbatches
         self.aux: list[dict[int, Metrics]] = [{} for _ in range(schedule.microbatches)]
 
     def __call__(self) -> None:
         """Go through this rank's row."""
         act = {"F": self.forward, "B": self.backward, "I": self.input_half, "W": self.weight_half}
+        row = zip(self.schedule.actions[self.axis.rank], traffic(self.schedule)[self.axis.rank], strict=True)
         at: Action | str = "the start"
         try:
-            for at in self.schedule.actions[self.axis.rank]:
+            if self.axis.size > 1:
+                transport(self.function, self.axis).connect(links(self.schedule))
+            for at, change in row:
+                for a in change.release:
+                    self._let_go(a)
+                for a in change.receive:
+                    self._start_to_receive(a)
                 act[at.kind](at.stage, at.microbatch)
             at = "the end"
-            while self.sent:
-                self._wait_for_oldest()
+            for a in list(self.sent):
+                self._let_go(a)
         except MeshError as error:
             raise MeshError(f"{self.function}: at {at} of {self.schedule.name}: {error}") from error
 
-    def _wait_for_oldest(self) -> None:
-        for pending in self.sent.popleft():
+    def _let_go(self, a: Action) -> None:
+        """Wait until others have what an action of this rank has sent."""
+        for pending in self.sent.pop(a):
             pending.wait()
 
-    def _make_room(self) -> None:
-        """Wait for old messages before sending another, so that not all of a step's are held at the same time."""
-        while len(self.sent) >= self.window:
-            self._wait_for_oldest()
+    def _start_to_receive(self, a: Action) -> None:
+        """Start to receive what an action of this rank needs from another."""
+        if a.kind == "F":
+            what, src = self._what(a.stage - 1, a.microbatch), self.schedule.rank_of[a.stage - 1]
+            self.x_coming[a] = recv_tree(what, src, self.axis, self.device)
+        else:
+            likes, src = self.live[a.stage, a.microbatch].likes, self.schedule.rank_of[a.stage + 1]
+            self.grads_coming[a] = recv_tensors(likes, src, self.axis, BACKWARD, self.device)
 
     def _elsewhere(self, stage: int) -> int | None:
         """Return the rank of a stage, unless it is this one."""
@@ -101,16 +116,16 @@ class Run:
         """Name a message, so that ranks which follow different tables find out."""
         return f"microbatch {m} of {self.schedule.microbatches} from stage {stage} of {self.schedule.stages}"
 
-    def _receive(self, stage: int, m: int) -> tuple[Any, list[bool]]:
-        src = self._elsewhere(stage - 1)
-        if src is not None:
-            return recv_tree(self._what(stage - 1, m), src, self.axis, self.device)
+    def _input(self, stage: int, m: int) -> tuple[Any, list[bool]]:
+        """Return a stage's input, and for each of its tensors whether its gradient is wanted."""
+        if self._elsewhere(stage - 1) is not None:
+            return self.x_coming.pop(Action("F", stage, m)).wait()
         x = self.handed.pop(Action("F", stage - 1, m))
         return detach(x), [t.requires_grad for t in tensors_of(x)]
 
     def forward(self, stage: int, m: int) -> None:
         """Run a stage on a microbatch."""
-        x, wanted = (None, []) if stage == 0 else self._receive(stage, m)
+        x, wanted = (None, []) if stage == 0 else self._input(stage, m)
         inputs: list[Tensor] = []
         if self.leaves is not None and any(wanted):
             received = [t.requires_grad_() if w else t for t, w in zip(tensors_of(x), wanted, strict=True)]
@@ -143,50 +158,47 @@ class Run:
             # A tensor of its own, whose graph is not ours: only whether it wants a gradient goes along.
             self.handed[Action("F", stage, m)] = y
         else:
-            self._make_room()
-            self.sent.append(send_tree(y, self._what(stage, m), dst, self.axis))
+            self.sent[Action("F", stage, m)] = send_tree(y, self._what(stage, m), dst, self.axis)
         return tensors_of(y)
 
-    def _cotangents(self, stage: int, m: int, live: _Live) -> tuple[list[GradientEdge], list[Tensor]]:
+    def _cotangents(self, a: Action, live: _Live) -> tuple[list[GradientEdge], list[Tensor]]:
         """Return what to differentiate, and the gradients that have come for it."""
         given = live.cotangents
         if given is None:
-            src = self._elsewhere(stage + 1)
-            if src is None:
-                given = self.handed.pop(Action("B", stage + 1, m))
+            if self._elsewhere(a.stage + 1) is None:
+                given = self.handed.pop(Action("B", a.stage + 1, a.microbatch))
             else:
-                given = recv_tensors(live.likes, src, self.axis, BACKWARD, self.device)
+                given = [pending.wait() for pending in self.grads_coming.pop(a)]
         return [*live.outputs, *(e for e, _ in live.sides)], [*given, *(one for _, one in live.sides)]
 
-    def _send_back(self, stage: int, m: int, live: _Live, grads: Sequence[Tensor | None]) -> None:
-        if stage == 0:
+    def _send_back(self, a: Action, live: _Live, grads: Sequence[Tensor | None]) -> None:
+        if a.stage == 0:
             return
         # Zeros where nothing depended on an input: who waits for a message cannot know that none will come.
         full = [
             torch.zeros_like(x, requires_grad=False) if g is None else g for x, g in zip(live.inputs, grads, strict=True)
         ]
-        dst = self._elsewhere(stage - 1)
+        dst = self._elsewhere(a.stage - 1)
         if dst is None:
-            self.handed[Action("B", stage, m)] = full
+            self.handed[Action("B", a.stage, a.microbatch)] = full
         else:
-            self._make_room()
-            self.sent.append(send_tensors(full, dst, self.axis, BACKWARD))
+            self.sent[a] = send_tensors(full, dst, self.axis, BACKWARD)
 
     def backward(self, stage: int, m: int) -> None:
         """Go back through a stage, both halves at once."""
         assert self.leaves is not None
-        live = self.live.pop((stage, m))
-        outputs, cotangents = self._cotangents(stage, m, live)
-        backward_into(outputs, cotangents, [*self.leaves[stage], *live.inputs])
-        self._send_back(stage, m, live, [x.grad for x in live.inputs])
+        a, live = Action("B", stage, m), self.live.pop((stage, m))
+        outputs, cotangents = self._cotangents(a, live)
+        backward_whole(outputs, cotangents, [*self.leaves[stage], *live.inputs])
+        self._send_back(a, live, [x.grad for x in live.inputs])
 
     def input_half(self, stage: int, m: int) -> None:
         """Go back through a stage for its input's gradient."""
         assert self.leaves is not None
-        live = self.live.pop((stage, m))
-        outputs, cotangents = self._cotangents(stage, m, live)
+        a, live = Action("I", stage, m), self.live.pop((stage, m))
+        outputs, cotangents = self._cotangents(a, live)
         grads, self.halves[stage, m] = backward_halves(outputs, cotangents, live.inputs, self.leaves[stage])
-        self._send_back(stage, m, live, grads)
+        self._send_back(a, live, grads)
 
     def weight_half(self, stage: int, m: int) -> None:
         """Add the weights' gradients of a stage."""

@@ -1,7 +1,7 @@
 """What pipeline stages say to each other: trees of tensors, whose shapes may differ from one message to the next.
 
     sender    note: the tree with (shape, dtype, does it want a gradient?) in place of tensors      then the tensors
-    receiver  reads the note, and then knows what to receive
+    receiver  reads the note, and then knows what to receive; the tensors come while it computes something else
 
 Nothing is known beforehand and nothing remembered, so microbatches may be of any sizes. What has no elements is not sent.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fstep.mesh.axis import Axis
 from fstep.mesh.exchange import transport
-from fstep.mesh.transport import Pending
+from fstep.mesh.transport import Done, Pending
 from fstep.ratio import Ratio
 from fstep.tree import tree_leaves, tree_map, tree_replace_leaves
 
@@ -55,8 +55,23 @@ def send_tree(tree: Any, what: str, dst: int, axis: Axis) -> list[Pending[Any]]:
     return pending + send_tensors(tensors_of(tree), dst, axis, FORWARD)
 
 
-def recv_tree(what: str, src: int, axis: Axis, device: torch.device) -> tuple[Any, list[bool]]:
-    """Receive a tree, and for each of its tensors whether the sender wants its gradient."""
+@dataclass(frozen=True)
+class Coming:
+    """A tree on its way: what it is made of is known, and its tensors are being received."""
+
+    note: Any
+    tensors: Sequence[Pending[Tensor]]
+
+    def wait(self) -> tuple[Any, list[bool]]:
+        """Return the tree, and for each of its tensors whether the sender wants its gradient."""
+        tensors = iter(self.tensors)
+        leaves = tree_leaves(self.note)
+        tree = tree_replace_leaves(self.note, [next(tensors).wait() if isinstance(x, Outline) else x for x in leaves])
+        return tree, [x.wants_grad for x in leaves if isinstance(x, Outline)]
+
+
+def recv_tree(what: str, src: int, axis: Axis, device: torch.device) -> Coming:
+    """Wait for the note of a tree, and start to receive its tensors."""
     line = transport("pp_forward_backward", axis)
     sent, note = line.recv_note(src, channel=FORWARD).wait()
     if sent != what:
@@ -64,11 +79,8 @@ def recv_tree(what: str, src: int, axis: Axis, device: torch.device) -> tuple[An
             f"pp_forward_backward: rank {src} of axis {axis.name!r} sends {sent} and rank {axis.rank} expects {what}; give "
             "all ranks of the axis the same number of microbatches and the same schedule"
         )
-    leaves = tree_leaves(note)
-    outlines = [x for x in leaves if isinstance(x, Outline)]
-    tensors = iter(recv_tensors([(o.shape, o.dtype) for o in outlines], src, axis, FORWARD, device))
-    tree = tree_replace_leaves(note, [next(tensors) if isinstance(x, Outline) else x for x in leaves])
-    return tree, [o.wants_grad for o in outlines]
+    kinds = [(x.shape, x.dtype) for x in tree_leaves(note) if isinstance(x, Outline)]
+    return Coming(note, recv_tensors(kinds, src, axis, FORWARD, device))
 
 
 def send_tensors(tensors: Sequence[Tensor], dst: int, axis: Axis, channel: str) -> list[Pending[Any]]:
@@ -79,13 +91,12 @@ def send_tensors(tensors: Sequence[Tensor], dst: int, axis: Axis, channel: str) 
 
 def recv_tensors(
     kinds: Sequence[tuple[tuple[int, ...], torch.dtype]], src: int, axis: Axis, channel: str, device: torch.device
-) -> list[Tensor]:
-    """Receive tensors of known shapes and dtypes."""
+) -> list[Pending[Tensor]]:
+    """Start to receive tensors of known shapes and dtypes."""
     line = transport("pp_forward_backward", axis)
-    coming = [line.recv(src, s, d, channel=channel) if 0 not in s else None for s, d in kinds]
     return [
-        torch.empty(shape, dtype=dtype, device=device) if pending is None else pending.wait()
-        for pending, (shape, dtype) in zip(coming, kinds, strict=True)
+        Done(torch.empty(shape, dtype=dtype, device=device)) if 0 in shape else line.recv(src, shape, dtype, channel=channel)
+        for shape, dtype in kinds
     ]
 
 

@@ -2,18 +2,15 @@
 
     gloo    CPU tensors. What gloo leaves unchecked is checked here: each call compares what the ranks call, each message
             is preceded by what it is. Sums are added in the order of ranks: the same bits as in `simulate`.
-    NCCL    GPU tensors. One communicator per axis for calls of all ranks and one per channel for messages, so that
-            traffic of one kind never waits for another's. Nothing is checked, since checking would stop the GPU.
+    NCCL    GPU tensors. One communicator per axis for calls of all ranks, and one per channel and direction for messages,
+            so that traffic of one kind never waits for another's. Nothing is checked, since checking would stop the GPU.
 
 Notes (small Python values) always go through gloo.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import functools
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,15 +19,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fstep.mesh.transport import CHANNELS, Done, MeshError, Pending, Transport, check_channel, combine, kind, signature
+from fstep.mesh.post import Post
+from fstep.mesh.transport import CHANNELS, Done, MeshError, Pending, combine, signature
 from fstep.mesh.wire import (
     TEXT,
     Seat,
-    Unpickled,
-    Working,
     as_bytes,
     as_text,
     explain,
+    for_messages,
     gather_into,
     read_text,
     scatter_sum_into,
@@ -55,12 +52,16 @@ class Processes:
             nccl = self.seat.backend == "nccl"
             with explain(f"making the process groups of axis {name!r}", self.seat, ranks):
                 main = self._group(ranks, self.seat.backend, name)
-                channels = [self._group(ranks, "nccl", f"{name} {c}") if nccl else main for c in CHANNELS]
+                ways = [f"{name} {channel} {way}" for channel in CHANNELS for way in ("up", "down")]
+                own = [for_messages(self.seat.timeout) if nccl else None for _ in ways]
+                channels = [self._group(ranks, "nccl", w, o) if nccl else main for w, o in zip(ways, own, strict=True)]
                 notes = self._group(ranks, "gloo", f"{name} notes") if nccl else main
-            self.groups[ranks] = ProcessTransport(self, name, ranks, ranks.index(self.seat.rank), main, channels, notes)
+            self.groups[ranks] = ProcessTransport(
+                self.seat, name, ranks, ranks.index(self.seat.rank), main, channels, notes, world=self
+            )
         return self.groups[ranks]
 
-    def _group(self, ranks: tuple[int, ...], backend: str, description: str) -> Any:
+    def _group(self, ranks: tuple[int, ...], backend: str, description: str, options: Any = None) -> Any:
         import torch.distributed as dist
 
         if self.keep and dist.group.WORLD not in _kept:
@@ -73,6 +74,7 @@ class Processes:
             known[key] = dist.new_group(
                 list(ranks),
                 backend=backend,
+                pg_options=options,
                 timeout=datetime.timedelta(seconds=self.seat.timeout),
                 use_local_synchronization=True,
                 group_desc=f"fstep axis {description}",
@@ -90,39 +92,16 @@ class Processes:
 
 
 @dataclass(frozen=True, eq=False)
-class ProcessTransport(Transport):
-    """One rank's end of the groups of an axis: ``group`` for calls of all ranks, ``channels`` and ``notes`` for messages."""
+class ProcessTransport(Post):
+    """One rank's end of the groups of an axis: calls of all ranks, and the messages of `Post`."""
 
-    world: Processes
-    name: str
-    ranks: tuple[int, ...]
-    rank: int
-    group: Any
-    channels: Sequence[Any]
-    notes: Any
-
-    @property
-    def size(self) -> int:
-        """The number of ranks."""
-        return len(self.ranks)
-
-    @property
-    def native(self) -> bool:
-        """Whether the backend adds by itself and runs ahead of us."""
-        return self.world.seat.backend == "nccl"
-
-    def explain(self, action: str) -> contextlib.AbstractContextManager[None]:
-        """Name this axis in errors."""
-        return explain(f"{action} over {self.name!r}", self.world.seat, self.ranks)
-
-    def _label(self, rank: int) -> str:
-        return self.world.seat.labels[self.ranks[rank]]
+    world: Processes = field(kw_only=True)
 
     def _check(self, action: str, sign: str, x: Tensor) -> None:
         """Compare what the ranks are about to call."""
         if x.device.type != ("cuda" if self.native else "cpu"):
             raise ValueError(
-                f"{action}: x is on {x.device}, and axis {self.name!r} talks through {self.world.seat.backend}; move x, or "
+                f"{action}: x is on {x.device}, and axis {self.name!r} talks through {self.seat.backend}; move x, or "
                 "start the mesh with the other backend"
             )
         if self.native:
@@ -136,16 +115,6 @@ class ProcessTransport(Transport):
                     f"axis {self.name!r}: {self._label(self.rank)} calls {sign} and {self._label(other)} calls "
                     f"{read_text(text)}; all ranks of an axis have to make the same calls in the same order"
                 )
-
-    def _run(self, action: str, out: Tensor, held: Any, start: Callable[[], Any]) -> Pending[Tensor]:
-        """Start an operation that fills ``out``."""
-        if not out.numel():
-            return Done(out)
-        with self.explain(action):
-            works = start()
-        return Working(
-            functools.partial(self.explain, action), works if isinstance(works, list) else [works], held, lambda: out
-        )
 
     def _move(self, action: str, x: Tensor, out: Tensor, f: Callable[..., Any]) -> Pending[Tensor]:
         """Start a call of torch.distributed that moves bytes and computes nothing."""
@@ -213,84 +182,6 @@ class ProcessTransport(Transport):
             dist.P2POp(dist.irecv, as_bytes(out), self.ranks[src], group=self.group),
         ]
         return self._run(action, out, x, lambda: dist.batch_isend_irecv(ops))
-
-    def _post(self, x: Tensor, dst: int, group: Any, tag: int) -> Any:
-        import torch.distributed as dist
-
-        return dist.isend(x, self.ranks[dst], group=group, tag=tag)
-
-    def _fetch(self, x: Tensor, src: int, group: Any, tag: int) -> Any:
-        import torch.distributed as dist
-
-        return dist.irecv(x, self.ranks[src], group=group, tag=tag)
-
-    def _message(self, what: str, x: Tensor, dst: int, group: Any, channel: str) -> Pending[None]:
-        """Send bytes; through gloo, preceded by what they are."""
-        tag, action = 1 + check_channel(self.name, channel), f"send (channel {channel!r}) to {self._label(dst)}"
-        buffers = [as_text(what)] if group is self.notes else []
-        buffers += [as_bytes(x)] if x.numel() else []
-        with self.explain(action):
-            works = [self._post(b, dst, group, tag) for b in buffers]
-        return Working(functools.partial(self.explain, action), works, (buffers, x), lambda: None)
-
-    @override
-    def send(self, x: Tensor, dst: int, *, channel: str) -> Pending[None]:
-        group = self.channels[check_channel(self.name, channel)]
-        return self._message(kind(x.dtype, x.shape), x.detach(), dst, group, channel)
-
-    @override
-    def send_note(self, note: Any, dst: int, *, channel: str) -> Pending[None]:
-        x = torch.frombuffer(bytearray(pickle.dumps(note)), dtype=torch.uint8)
-        return self._message(f"a note of {x.numel()} bytes", x, dst, self.notes, channel)
-
-    def _announced(self, src: int, channel: str, then: Callable[[str], Tensor]) -> Pending[Any]:
-        """Receive through gloo: first the text, then the bytes that ``then`` makes room for.
-
-        Nothing is posted before `wait`: the text of a second message would take the bytes of the first.
-        """
-        tag, action = 1 + check_channel(self.name, channel), f"recv (channel {channel!r}) from {self._label(src)}"
-
-        def receive() -> Tensor:
-            text = torch.empty(TEXT, dtype=torch.uint8)
-            with self.explain(action):
-                self._fetch(text, src, self.notes, tag).wait()
-            out = then(read_text(text))
-            if out.numel():
-                with self.explain(action):
-                    self._fetch(as_bytes(out), src, self.notes, tag).wait()
-            return out
-
-        return Working(functools.partial(self.explain, action), [], None, receive)
-
-    def _expect(self, src: int, channel: str, expected: str, sent: str) -> MeshError:
-        return MeshError(
-            f"recv over {self.name!r} (channel {channel!r}): {self._label(self.rank)} expects {expected} and "
-            f"{self._label(src)} sent {sent}"
-        )
-
-    @override
-    def recv(self, src: int, shape: Sequence[int], dtype: torch.dtype, *, channel: str) -> Pending[Tensor]:
-        number, expected = check_channel(self.name, channel), kind(dtype, shape)
-        if self.native:
-            out = torch.empty(tuple(shape), dtype=dtype, device="cuda")
-            action = f"recv (channel {channel!r}) from {self._label(src)}"
-            return self._run(action, out, None, lambda: self._fetch(as_bytes(out), src, self.channels[number], 0))
-
-        def then(sent: str) -> Tensor:
-            if sent != expected:
-                raise self._expect(src, channel, expected, sent)
-            return torch.empty(tuple(shape), dtype=dtype)
-
-        return self._announced(src, channel, then)
-
-    @override
-    def recv_note(self, src: int, *, channel: str) -> Pending[Any]:
-        def then(sent: str) -> Tensor:
-            if not sent.startswith("a note of "):
-                raise self._expect(src, channel, "a note", sent)
-            return torch.empty(int(sent.split()[3]), dtype=torch.uint8)
-
-        return Unpickled(self._announced(src, channel, then))
 
     @override
     def regroup(self, name: str, ranks: tuple[int, ...]) -> ProcessTransport:

@@ -221,6 +221,10 @@ class ThreadTransport(Transport):
         return Call(world, group.ranks[self.rank], waiting, lambda: number in line.messages, take)
 
     @override
+    def connect(self, links: Sequence[tuple[str, int, int]]) -> None:
+        pass
+
+    @override
     def send(self, x: Tensor, dst: int, *, channel: str) -> Pending[None]:
         return self._send(kind(x.dtype, x.shape), x.detach().clone(), dst, channel)
 

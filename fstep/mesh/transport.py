@@ -82,6 +82,14 @@ class Transport(Protocol):
         """Give ``x`` to rank ``to[rank]``, where ``to`` is a permutation."""
         ...
 
+    def connect(self, links: Sequence[tuple[str, int, int]]) -> None:
+        """Get ready for messages on these links: channel, source, destination. All ranks name the same ones in one order.
+
+        NCCL connects two ranks at their first message and makes both wait for each other, which in the middle of a pipeline
+        could be in a circle.
+        """
+        ...
+
     def send(self, x: Tensor, dst: int, *, channel: str) -> Pending[None]:
         """Send without waiting; ``wait()`` returns when ``x`` may be reused. Messages of a channel arrive in order."""
         ...
@@ -89,12 +97,15 @@ class Transport(Protocol):
     def recv(self, src: int, shape: Sequence[int], dtype: torch.dtype, *, channel: str) -> Pending[Tensor]:
         """Receive the next tensor from ``src``, whose shape and dtype the receiver knows. NCCL does not check them.
 
-        Several receives from one rank may be started; they are waited for in that order.
+        Several receives from one rank may be started; on each channel they are waited for in that order.
         """
         ...
 
     def send_note(self, note: Any, dst: int, *, channel: str) -> Pending[None]:
-        """Send a small Python value past the device: what shapes follow, for a receiver that cannot know."""
+        """Send a small Python value past the device: what shapes follow, for a receiver that cannot know.
+
+        Receives of notes and of tensors are started in the order of sending, and may be waited for independently.
+        """
         ...
 
     def recv_note(self, src: int, *, channel: str) -> Pending[Any]:

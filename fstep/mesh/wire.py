@@ -6,6 +6,7 @@ rank 1 (dp 1): psum over 'dp' failed; one of rank 0 (dp 0) has died or raised, o
 from __future__ import annotations
 
 import contextlib
+import datetime
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,20 @@ def as_text(text: str) -> Tensor:
 def read_text(x: Tensor) -> str:
     """Read what `as_text` wrote."""
     return bytes(x.tolist()).decode(errors="replace").rstrip()
+
+
+def for_messages(timeout: float) -> Any:
+    """Return what NCCL is told about a group that messages go through.
+
+    A message whose other end is not there yet waits on the device, and its blocks of threads keep as many processors from
+    computing: a few are enough. It goes first, since another rank computes nothing until it has come.
+    """
+    import torch.distributed as dist
+
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = 4
+    options._timeout = datetime.timedelta(seconds=timeout)  # torch warns where it is not that of the group
+    return options
 
 
 def gather_into(out: Tensor, x: Tensor, group: Any, async_op: bool) -> Any:

@@ -5,10 +5,13 @@ They compute in the wider of float32 and the input's dtype where that matters, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fstep.ops.factors import Factored
 from fstep.trace import in_transform
 
 
@@ -56,13 +59,16 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map the last dimension: ``x @ weight.T + bias`` with a weight of shape [out, in].
+def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """Map the last dimension: ``x @ weight.T + bias`` with a weight of shape [out, in], or what `split_weights` makes of it.
 
     >>> import torch, fstep
     >>> fstep.linear(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]]))
     tensor([11.])
     """
+    if isinstance(weight, Factored):
+        y = weight.linear(x)
+        return y if bias is None else y + bias
     return F.linear(x, weight, bias)
 
 

@@ -223,6 +223,11 @@ def check_messages(mesh: Mesh) -> None:
     third = talk.recv(other, (5,), torch.float64, channel="backward")
     assert torch.equal(third.wait(), torch.arange(5, dtype=torch.float64) + other)
     assert talk.recv_note(other, channel="backward").wait() == {"shape": (5, other)}
+    # A note is read while tensors that were sent ahead of it are still on their way.
+    sent += [talk.send(c, other, channel="backward"), talk.send_note(other, other, channel="backward")]
+    fifth, note = talk.recv(other, (5,), torch.float64, channel="backward"), talk.recv_note(other, channel="backward")
+    assert note.wait() == mesh.pp.rank
+    assert torch.equal(fifth.wait(), torch.arange(5, dtype=torch.float64) + other)
     assert torch.equal(first.wait(), torch.arange(3, dtype=torch.float64) + other)
     assert talk.recv(other, (0,), torch.float64, channel="forward").wait().shape == (0,)
     for pending in sent:

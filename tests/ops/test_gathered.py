@@ -35,31 +35,17 @@ def test_prefixes(lengths: list[int], size: int) -> None:
 
 
 def test_which_is_taken() -> None:
-    """Gathered keys of at most four times a rank's queries, else heads, else a ring that may be one."""
-    found = {
-        (size, heads, kv): context.choose(size, heads, kv, 0, "auto")
-        for size, heads, kv in [
-            (4, 32, 8),
-            (8, 32, 8),
-            (16, 32, 8),
-            (16, 32, 16),
-            (2, 8, 8),
-            (4, 8, 8),
-            (3, 8, 8),
-            (64, 32, 1),
-        ]
-    }
-    assert found == {
-        (4, 32, 8): "allgather",
-        (8, 32, 8): "allgather",
-        (16, 32, 8): "ring",  # 8 heads of keys do not divide by 16
-        (16, 32, 16): "ulysses",
-        (2, 8, 8): "allgather",
-        (4, 8, 8): "ulysses",
-        (3, 8, 8): "ring",
-        (64, 32, 1): "allgather",
-    }
-    assert context.choose(3, 8, 8, 5, "auto") == context.choose(3, 8, 8, 0, "math") == "allgather"
+    """Heads where they divide and rows are long; gathered keys of at most four times a rank's queries; else a ring."""
+
+    def found(tokens: int) -> list[str]:
+        cases = [(4, 32, 8), (8, 32, 8), (16, 32, 8), (16, 32, 16), (2, 8, 8), (4, 8, 8), (3, 8, 8), (64, 32, 1), (3, 4, 1)]
+        return [context.choose(size, tokens, heads, kv, 0, "auto") for size, heads, kv in cases]
+
+    short = "allgather allgather ring ulysses allgather ulysses ring allgather allgather"
+    assert found(16383) == short.split()  # 8 heads of keys do not divide by 16
+    assert found(16384) == ["ulysses", "ulysses", "ring", "ulysses", "ulysses", *short.split()[5:]]
+    assert context.choose(3, 99, 8, 8, 5, "auto") == context.choose(3, 99, 8, 8, 0, "math") == "allgather"
+    assert torch.func.grad(lambda x: x * (context.choose(4, 16384, 32, 8, 0, "auto") == "allgather"))(torch.ones(())) == 1
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 1, 2), (4, 4, 4), (3, 3, 4)])
@@ -67,7 +53,7 @@ def test_auto_is_one_of_them(heads: int, kv_heads: int, size: int) -> None:
     packed = row(size)
     xs = tensors(len(packed.tokens), heads, kv_heads, dim=4)
     for window in (0, 5):
-        method = context.choose(size, heads, kv_heads, window, "auto")
+        method = context.choose(size, len(packed.tokens) // size, heads, kv_heads, window, "auto")
         for a, b in zip(
             sharded(packed, xs, size, window=window), sharded(packed, xs, size, window=window, method=method), strict=True
         ):
