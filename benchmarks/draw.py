@@ -92,7 +92,8 @@ def bars(name: str, lines: Sequence[Line]) -> Any:
         for peer, value, low, high in speedups(line):
             rows.append((f"{label} | {peer}" if label else peer, value, low, high))
     edge = max(1.0, *(max(row[1], row[3]) for row in rows))
-    fig, ax = plt.subplots(figsize=(8, 0.9 + 0.34 * len(rows)))
+    wide = 4 + 0.085 * max(len(row[0]) for row in rows)
+    fig, ax = plt.subplots(figsize=(wide, 1.1 + 0.34 * len(rows)))
     for y, (_, value, low, high) in enumerate(rows):
         ax.barh(y, value, color=OURS if value >= 1 else PEER, height=0.62)
         ax.plot([low, high], [y, y], color="black", linewidth=1)
@@ -102,7 +103,7 @@ def bars(name: str, lines: Sequence[Line]) -> Any:
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlim(0, 1.12 * edge)
     ax.tick_params(axis="y", length=0)
-    ax.set_title(f"{name}: times as fast as the peer, line: 10% .. 90% of rounds", loc="left", fontsize=10)
+    fig.suptitle(f"{name}: times as fast as the peer, line: 10% .. 90% of rounds", x=0.01, ha="left", fontsize=10)
     ax.set_xlabel("; ".join(sorted({line["machine"] for line in lines})), color=PEER, fontsize=8)
     return fig
 

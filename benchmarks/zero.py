@@ -175,7 +175,7 @@ def measure(a: argparse.Namespace, mesh: fstep.Mesh, sides: list[str]) -> None:
     )
     print(f"{machine()}; {about}; matrix products alone {rate / 1e12:.0f} TFLOP/s")
     print(table(noted, work=a.tokens, unit="tokens/s/GPU"))
-    keep(a.json, "zero", noted, about=about, sustained=rate)
+    keep(a.json, f"zero, documents of {a.doc}", noted, about=about, sustained=rate)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def sft_step(
     stage = model.stage(mesh)
     loss, grads = fstep.pp_forward_backward(stage, loss_fn, state.params, batch, axis=mesh.pp, schedule=schedule)
     grads, metrics = fstep.finalize_grads(grads, loss, mesh=mesh, max_norm=1.0, donate=True)
-    return optimizer.update(state, grads, lr=lr, donate=True), metrics
+    return optimizer.update(state, grads, lr=lr, skip=metrics["nonfinite"], donate=True), metrics
 
 
 def evaluate(
