@@ -43,6 +43,7 @@ from fstep.ops.head import head_logits, token_logprob_sum, token_logprobs
 from fstep.ops.layers import embed, linear, rms_norm, rotate
 from fstep.ops.rope import Rope, rope_tables
 from fstep.ops.tensor import tp_embed, tp_gather, tp_local, tp_row_linear, tp_scatter
+from fstep.ops.top import token_top_logprobs, tp_token_top_logprobs
 from fstep.ops.vocab import tp_head_logits, tp_token_logprob_sum, tp_token_logprobs
 from fstep.ratio import Ratio
 from fstep.state.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
@@ -177,6 +178,7 @@ __all__ = [
     "to_device",
     "token_logprob_sum",
     "token_logprobs",
+    "token_top_logprobs",
     "tp_embed",
     "tp_gather",
     "tp_head_logits",
@@ -185,6 +187,7 @@ __all__ = [
     "tp_scatter",
     "tp_token_logprob_sum",
     "tp_token_logprobs",
+    "tp_token_top_logprobs",
     "tree_leaves",
     "tree_map",
     "tree_map_with_path",

@@ -12,7 +12,7 @@ that is there is added, a q_norm that is there is applied. A stage runs whatever
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,9 +30,10 @@ from fstep_models.config import read_json, tokenizer_files
 from fstep_models.dense_block import block, mlp, qkv
 from fstep_models.dense_config import Config
 from fstep_models.dense_parts import check_mesh, check_row, spec_on
+from fstep_models.scores import Scores, read
 
 Params = dict[Any, Any]
-__all__ = ["Config", "Dense", "block"]
+__all__ = ["Config", "Dense", "Scores", "block"]
 
 
 @dataclass(frozen=True)
@@ -258,3 +259,28 @@ class Dense:
         hidden, weight = self._head(params, x, mesh)
         weights = mb.weights if weights is None else weights
         return fstep.tp_token_logprob_sum(hidden, weight, mb.labels, weights, axis=mesh.tp, temperature=temperature)
+
+    def score(
+        self,
+        params: Params,
+        rows: Sequence[Packed],
+        *,
+        mesh: Mesh = Mesh(),  # noqa: B008
+        schedule: Any = "1f1b",
+        temperature: float = 1.0,
+        entropy: bool = False,
+        top: int = 0,
+    ) -> tuple[Scores, ...]:
+        """Say how likely each token of each row is, without gradients: for a reference model, an evaluation, a teacher.
+
+        ``rows`` are this rank's microbatches, as `fstep.pp_forward_backward` takes them, ``params`` its part. Returns
+        `Scores` for each row, of all its places in document order (``fstep.split_documents`` with the whole row splits
+        them), replicated over ``mesh.pp``, ``mesh.cp`` and ``mesh.tp``. ``top`` is how many of the likeliest tokens to name.
+        """
+
+        def last(params: Params, x: Tensor, mb: Packed) -> Scores:
+            check_row("score", mb, mesh)
+            hidden, weight = self._head(params, x, mesh)
+            return read(hidden, weight, mb, mesh, temperature=temperature, entropy=entropy, top=top)
+
+        return fstep.pp_forward(self.stage(mesh), last, params, rows, axis=mesh.pp, schedule=schedule)

@@ -65,11 +65,11 @@ def stale_gradient(mp: pytest.MonkeyPatch) -> None:
     real = Run._send_back
     last: dict[Any, Any] = {}
 
-    def send(self: Run, stage: int, m: int, live: Any, grads: Any) -> None:
-        old = last.get((id(self), stage), grads)
-        last[id(self), stage] = grads
+    def send(self: Run, action: Any, live: Any, grads: Any) -> None:
+        old = last.get((id(self), action.stage), grads)
+        last[id(self), action.stage] = grads
         same = [o is not None and o.shape == g.shape for o, g in zip(old, grads, strict=True)]
-        real(self, stage, m, live, [o if s else g for o, g, s in zip(old, grads, same, strict=True)])
+        real(self, action, live, [o if s else g for o, g, s in zip(old, grads, same, strict=True)])
 
     mp.setattr(Run, "_send_back", send)
 

@@ -371,7 +371,8 @@ EXEMPT = {
     "Axis Mesh MeshError require_single mesh_from_env simulate": "about ranks",
     "Shard Copied Stages Place places bare cut_like": "say where a parameter lives",
     "tp_embed tp_gather tp_head_logits tp_local tp_row_linear tp_scatter tp_token_logprobs"
-    " tp_token_logprob_sum": "communicate on an axis",
+    " tp_token_logprob_sum tp_token_top_logprobs": "communicate on an axis",
+    "token_top_logprobs": "has no gradient",
     "psum pmax pvary as_partial all_gather reduce_scatter all_to_all ppermute broadcast take_shard":
         "communicate on an axis",
     "Pieces shard_params gather_params scatter_grads unshard_params fold_layers": "communicate on an axis",

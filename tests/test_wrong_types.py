@@ -35,6 +35,7 @@ CALLS = {
     "make_docs: tokens are no numbers that fit": lambda: fstep.make_docs([[2**63]]),
     "sft_loss: logprobs is a list": lambda: fstep.sft_loss([0.0], X),
     "token_logprobs: labels is a list": lambda: fstep.token_logprobs(X, X, [0, 1, 1]),
+    "token_top_logprobs: weight is a list": lambda: fstep.token_top_logprobs(X, [0.0], 1),
     "token_logprob_sum: weights is a list": lambda: fstep.token_logprob_sum(X, X, torch.zeros(3).long(), [0.0, 1, 1]),
     "finalize_grads: mesh is a NoneType": lambda: fstep.finalize_grads({"w": X}, RATIO, mesh=None),
     "adamw.update: state is a dict": lambda: fstep.adamw.update({}, {"w": X}, lr=0.1),
@@ -76,6 +77,7 @@ OF_AN_AXIS = {
     "tp_local": lambda axis: fstep.tp_local({"w": X}, axis=axis),
     "tp_head_logits": lambda axis: fstep.tp_head_logits(X, X, axis=axis),
     "tp_token_logprobs": lambda axis: fstep.tp_token_logprobs(X, X, PACKED.labels, axis=axis),
+    "tp_token_top_logprobs": lambda axis: fstep.tp_token_top_logprobs(X, X, 1, axis=axis),
     "tp_token_logprob_sum": lambda axis: fstep.tp_token_logprob_sum(X, X, PACKED.labels, X[:, 0], axis=axis),
     "shard_params": lambda axis: fstep.shard_params({"w": X}, axis),
 }

@@ -288,7 +288,7 @@ def test_a_ring_over_documents_of_one_length_uses_batches(size: int, monkeypatch
         at = fstep.cp_shard(fstep.pack_thd(fstep.make_docs([torch.arange(4 * size), torch.arange(4 * size, 8 * size)])),
                             axis=mesh.cp).tokens  # fmt: skip
         attend = lambda q, k, v: fstep.cp_attention(  # noqa: E731
-            q, k, v, part.cu_seqlens_padded, axis=mesh.cp, max_seqlen=part.max_seqlen
+            q, k, v, part.cu_seqlens_padded, axis=mesh.cp, max_seqlen=part.max_seqlen, method="ring"
         )
         got = pulled(attend, *(x[at] for x in (q, k, v, g)))
         return [fstep.cp_unshard(x, part, axis=mesh.cp, grad="slice") for x in got]
