@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fstep.grad.messages import tensors_of
-from fstep.grad.pieces import Gathering, Pieces, finish_sum, is_pieces, start_gather, start_sum, wholes
+from fstep.grad.pieces import Gathering, Pieces, as_it_is, finish_sum, is_pieces, start_gather, start_sum, wholes
 from fstep.grad.shard import gather_ahead, gather_params
 from fstep.trace import in_transform
 from fstep.tree import NAMESPACE, check_callable, check_type, tree_leaves, tree_replace_leaves
@@ -105,7 +105,7 @@ class _Layer:
     def __init__(self, tree: Any) -> None:
         inside, self.spec = optree.tree_flatten(tree, is_pieces, none_is_leaf=True, namespace=NAMESPACE)
         self.rest = [None if is_pieces(x) else x for x in inside]
-        self.nodes: list[Pieces] = [x for x in inside if is_pieces(x)]
+        self.nodes: list[Pieces] = [as_it_is(x) for x in inside if is_pieces(x)]
         self.at = [k for k, x in enumerate(inside) if is_pieces(x)]
         self.leaves = [[None if x is None else x.detach() for x in node.leaves()] for node in self.nodes]
         grad = torch.is_grad_enabled()

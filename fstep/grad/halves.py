@@ -107,10 +107,9 @@ def _halves_by_factors(
     asked = [*map(get_gradient_edge, inputs), *factors, *(GradientEdge(node, 0) for node in now)]
     found = list(run_engine(outputs, cotangents, asked, accumulate=False, keep=False))
     grads, arrived, rest = found[: len(inputs)], found[len(inputs) : len(asked) - len(now)], found[len(asked) - len(now) :]
-    for node, g in zip(now, rest, strict=True):
-        leaf = _leaf(node)
-        if g is not None:
-            leaf.grad = g if leaf.grad is None else leaf.grad.add_(g)
+    # Not by hand: one tensor may be the gradient of two leaves, or of a leaf and an input, or be an expanded one.
+    direct = [(GradientEdge(node, 0), g) for node, g in zip(now, rest, strict=True) if g is not None]
+    backward_into([e for e, _ in direct], [g for _, g in direct], leaves)
     roots = list(outputs)  # they own the nodes of products; what else the graph had saved is gone
 
     def weight_half() -> None:

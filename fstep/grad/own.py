@@ -1,11 +1,12 @@
 """The params that one call differentiates: its own leaves, so that nobody else's ``.grad`` is touched.
 
-    params    {"embed": E, "head": Tied("embed")}            what the caller holds
-    own       {"embed": E', "embed#1": E'', "head": Tied("embed#1")}
-    gradient  {"embed": E'.grad + E''.grad}
+    params      {"embed": E, "head": Tied("embed")}       what the caller holds
+    tree        {"embed": E', "head": Tied("embed")}      what the stages compute with
+    last        {"embed": E'', "head": Tied("embed")}     what the loss computes with
+    gradient    {"embed": E'.grad + E''.grad}
 
-A tied parameter gets a leaf for each of its uses. Over microbatches each use is then summed by itself and the sums are added
-at the end, as they are where the uses are on different ranks of a pipeline: the same additions, hence the same bits.
+A tied parameter has another leaf for the loss. Over microbatches each use is then summed by itself and the sums are added at
+the end, as they are where the uses are on different ranks of a pipeline: the same additions, hence the same bits.
 
 A ZeRO node gets a `Call`, so that what is sent for it is waited for where it is needed, and summed once a step if so wished.
 """
@@ -38,13 +39,15 @@ class Own:
         self.params = [x for x, mine in zip(leaves, self.chosen, strict=True) if mine]
         tree = tree_replace_leaves(params, leaves)
         self.nodes: list[Any] = []  # whose gradients are wanted
-        self.twins: list[tuple[Tensor, Tensor]] = []
+        self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the leaf
         self.twin_nodes: list[tuple[Any, Any]] = []
         kinds = set(map(type, optree.tree_leaves(tree, _is_special, none_is_leaf=True, namespace=NAMESPACE)))
         if Pieces in kinds:
             tree = optree.tree_map(self._with_call, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
-        self.tree = self._with_twins(tree) if Tied in kinds else tree
-        self.leaves = [*self.params, *(twin for _, twin in self.twins)]
+        self.tree = self.last = tree
+        if Tied in kinds and self._find_twins():
+            self.last = optree.tree_map(self._twin, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+        self.leaves = [*self.params, *(twin for _, twin in self.twins.values())]
 
     def grads(self) -> Any:
         """Return what was accumulated, in the structure of the params; zeros where nothing depended on a leaf."""
@@ -59,7 +62,7 @@ class Own:
             for leaf, grad in zip(like, node.call.finish(node, like), strict=True):
                 if leaf is not None and grad is not None:
                     leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
-        for leaf, twin in self.twins:
+        for leaf, twin in self.twins.values():
             if leaf.grad is None:
                 leaf.grad = twin.grad
             elif twin.grad is not None:
@@ -71,46 +74,27 @@ class Own:
     def _with_call(self, x: Any) -> Any:
         if not is_pieces(x):
             return x
-        node = replace(x, call=Call(len(x.slots)))
+        node = replace(x, call=Call(x.leaves()))
         self.nodes += [node] if any(leaf is not None for leaf in _wanted(node)) else []
         return node
 
-    def _with_twins(self, tree: Any) -> Any:
-        if isinstance(tree, Stages):
-            return Stages({stage: self._untie(part, list(tree.parts.values())) for stage, part in tree.parts.items()})
-        return self._untie(tree, [tree])
-
-    def _untie(self, part: Any, parts: Sequence[Any]) -> Any:
-        """Give every `Tied` of a stage a parameter of its own, beside the one it stands for."""
-        leaves, spec = optree.tree_flatten(part, _is_tied, none_is_leaf=True, namespace=NAMESPACE)
-        added: list[tuple[list[str], Any]] = []
-        for n, tied in enumerate(leaves):
-            if not _is_tied(tied):
-                continue
-            keys = tied.to.split(".")
-            found = next((x for x in (find(other, keys) for other in (part, *parts)) if x is not None), None)
-            # Beside numbered siblings there is no room for a name.
-            siblings = [find(other, keys[:-1]) for other in (part, *parts)]
-            named = all(isinstance(k, str) for s in siblings if isinstance(s, Mapping) for k in s)
-            if found is None or not named or not any(x.requires_grad for x in tensors_of(found)):
-                continue
-            keys = [*keys[:-1], f"{keys[-1]}#{n}"]
-            leaves[n] = Tied(".".join(keys))
-            twin = optree.tree_map(self._twin, found, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
-            added.append((keys, twin))
-        part = optree.tree_unflatten(spec, leaves)
-        for keys, value in added:
-            part = put(part, keys, value)
-        return part
+    def _find_twins(self) -> bool:
+        """Make a second leaf of everything that a `Tied` stands for, wherever on this rank that is."""
+        parts = list(self.tree.parts.values()) if isinstance(self.tree, Stages) else [self.tree]
+        leaves = optree.tree_leaves(self.tree, _is_tied, none_is_leaf=True, namespace=NAMESPACE)
+        for keys in {tuple(tied.to.split(".")) for tied in leaves if _is_tied(tied)}:
+            for leaf in (x for part in parts for x in tensors_of(find(part, keys)) if x.requires_grad):
+                self.twins[id(leaf)] = leaf, private_leaf(leaf, recording=False)
+        return bool(self.twins)
 
     def _twin(self, x: Any) -> Any:
-        if is_pieces(x):
-            self.twin_nodes.append((x, self._with_call(replace(x, value=tree_map(self._twin, x.value)))))
-            return self.twin_nodes[-1][1]
-        if not isinstance(x, Tensor) or not x.requires_grad:
+        if not is_pieces(x):
+            return self.twins[id(x)][1] if id(x) in self.twins else x
+        if not any(id(leaf) in self.twins for leaf in x.leaves()):
             return x
-        self.twins.append((x, private_leaf(x, recording=False)))
-        return self.twins[-1][1]
+        new = self._with_call(replace(x, value=tree_map(self._twin, x.value)))
+        self.twin_nodes.append((x, new))
+        return new
 
 
 def _is_tied(x: Any) -> bool:
@@ -130,12 +114,3 @@ def find(tree: Any, keys: Sequence[str]) -> Any:
     for key in keys:
         tree = {str(k): v for k, v in tree.items()}.get(key) if isinstance(tree, Mapping) else None
     return tree
-
-
-def put(tree: Any, keys: Sequence[str], value: Any) -> Any:
-    """Return a tree of dicts with one more entry."""
-    if not keys:
-        return value
-    names = {str(k): k for k in tree}
-    key = names.get(keys[0], keys[0])
-    return {**tree, key: put(tree.get(key, {}), keys[1:], value)}

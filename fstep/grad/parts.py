@@ -7,7 +7,7 @@ from typing import Any
 
 import optree
 
-from fstep.grad.own import find, put
+from fstep.grad.own import find
 from fstep.grad.schedule import Schedule
 from fstep.mesh.axis import Axis
 from fstep.mesh.place import Stages
@@ -42,5 +42,14 @@ def _with_tied(function: str, part: Any, parts: Mapping[int, Any]) -> Any:
         found = [x for x in (find(other, keys) for other in parts.values()) if x is not None]
         if not found:
             raise ValueError(f"{function}: params are tied to {tied.to!r}, which this rank has not; give it a Copied")
-        part = put(part, keys, found[0])
+        part = _put(part, keys, found[0])
     return part
+
+
+def _put(tree: Any, keys: list[str], value: Any) -> Any:
+    """Return a tree of dicts with one more entry."""
+    if not keys:
+        return value
+    names = {str(k): k for k in tree}
+    key = names.get(keys[0], keys[0])
+    return {**tree, key: _put(tree.get(key, {}), keys[1:], value)}

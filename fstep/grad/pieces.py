@@ -117,7 +117,7 @@ unnamed_node(Pieces, _flatten, _unflatten)
 
 
 def is_pieces(x: Any) -> bool:
-    """Say whether a value is a ZeRO node: where the tree functions are to stop."""
+    """Say whether a value is a ZeRO node, where tree functions stop."""
     return isinstance(x, Pieces)
 
 
@@ -159,6 +159,13 @@ def _transport(node: Pieces, action: str) -> Transport:
 
 
 Gathering = list[Pending[Tensor] | None]
+
+
+def as_it_is(node: Pieces) -> Pieces:
+    """Return a node without its call if it holds other pieces than the call's own: what was computed from them, say."""
+    if node.call is None or all(a is b for a, b in zip(node.leaves(), node.call.leaves, strict=True)):
+        return node
+    return replace(node, call=None)
 
 
 def start_gather(node: Pieces, leaves: Sequence[Tensor | None], dtype: torch.dtype | None) -> Gathering:
@@ -233,21 +240,30 @@ def finish_sum(node: Pieces, like: Sequence[Tensor | None], started: Gathering) 
         if slot is None or x is None or total is None:
             found.append(None)
             continue
-        if total.dtype != x.dtype:
-            total = done[slot.group] = total.to(x.dtype)
+        total = done[slot.group] = total.to(x.dtype)
         found.append(total[at[slot.group] : at[slot.group] + x.numel()])
         at[slot.group] += x.numel()
     return found
 
 
 class Call:
-    """What one call of `pp_forward_backward` has under way for a node: a gather begun ahead, sums not waited for yet."""
+    """What one call of `pp_forward_backward` has under way for a node: a gather begun ahead, sums not waited for yet.
 
-    def __init__(self, slots: int) -> None:
+    It is no part of a tree's structure: a tree of the caller's is like one inside the call.
+    """
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        self.leaves = leaves  # the call's own pieces
         self.gathering: Gathering | None = None
-        self.whole: list[Tensor | None] = [None] * slots
         self.sums: Gathering | None = None
-        self.done: list[Tensor | None] = [None] * slots
+        self.whole: list[Tensor | None] = [None for _ in leaves]
+        self.done = list(self.whole)
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, Call)
+
+    def __hash__(self) -> int:
+        return 0
 
     def take(self) -> Gathering | None:
         """Hand over the gather begun ahead, if there is one."""

@@ -82,10 +82,10 @@ def _join(loss: Ratio, metrics: Metrics, aux: Metrics) -> tuple[Ratio, Metrics]:
     return Ratio(num, loss.den), {**metrics, **aux}
 
 
-def _run(stage_fn: Callable, loss_fn: Callable, params: Any, microbatch: Any) -> tuple[Ratio, Metrics]:
-    """Run the whole model on one microbatch."""
+def _run(stage_fn: Callable, loss_fn: Callable, params: Any, last: Any, microbatch: Any) -> tuple[Ratio, Metrics]:
+    """Run the whole model on one microbatch; ``last`` are the params that the loss takes."""
     x, aux = _run_stage(stage_fn, params, None, microbatch)
-    return _join(*_run_loss(loss_fn, params, x, microbatch), aux)
+    return _join(*_run_loss(loss_fn, last, x, microbatch), aux)
 
 
 def _add(a: Any, b: Any) -> Any:
@@ -188,7 +188,7 @@ def pp_forward_backward(
 
     if table is None and is_recording(params, list(microbatches)):
         grads: Any = None
-        take = value_and_grad(lambda p, mb: _run(stage_fn, loss_fn, p, mb), has_aux=True, trainable=trainable)
+        take = value_and_grad(lambda p, mb: _run(stage_fn, loss_fn, p, p, mb), has_aux=True, trainable=trainable)
         for microbatch in microbatches:
             pair, new = take(params, microbatch)
             total, grads = _add_pair(total, pair), _add(grads, new)
@@ -198,11 +198,11 @@ def pp_forward_backward(
             own = Own(params, trainable, none_is_fine=axis.size > 1)
             if table is None:
                 for microbatch in microbatches:
-                    pair = _run(stage_fn, loss_fn, own.tree, microbatch)
+                    pair = _run(stage_fn, loss_fn, own.tree, own.last, microbatch)
                     backward_into([pair[0].num], [torch.ones_like(pair[0].num)], own.leaves)
                     total = _add_pair(total, detach(pair))
             else:
-                total = _run_table(table, stage_fn, loss_fn, own.tree, microbatches, axis)
+                total = _run_table(table, stage_fn, loss_fn, own, microbatches, axis)
         grads = own.grads()
 
     loss, metrics = total
@@ -210,19 +210,23 @@ def pp_forward_backward(
 
 
 def _run_table(
-    table: Schedule, stage_fn: Callable, loss_fn: Callable, params: Any, microbatches: Sequence[Any], axis: Axis
+    table: Schedule, stage_fn: Callable, loss_fn: Callable, params: Own, microbatches: Sequence[Any], axis: Axis
 ) -> tuple[Ratio, Metrics]:
-    """Follow the table; gradients are added to the params, which are private leaves. Return the loss of all ranks."""
-    parts = stage_parts("pp_forward_backward", params, table, axis)
-    device = _device(params, list(microbatches))
+    """Follow the table; gradients are added to the call's own leaves. Return the loss of all ranks."""
+    parts = stage_parts("pp_forward_backward", params.tree, table, axis)
+    last = stage_parts("pp_forward_backward", params.last, table, axis).get(table.stages - 1)
+    device = _device(params.tree, list(microbatches))
     leaves = {stage: [x for x in tensors_of(part) if x.requires_grad] for stage, part in parts.items()}
+    if last is not None:
+        known = set(map(id, leaves[table.stages - 1]))
+        leaves[table.stages - 1] += [x for x in tensors_of(last) if x.requires_grad and id(x) not in known]
     run = Run(
         "pp_forward_backward",
         table,
         axis,
         device,
         lambda stage, x, m: _run_stage(stage_fn, parts[stage], x, microbatches[m]),
-        lambda x, m: _run_loss(loss_fn, parts[table.stages - 1], x, microbatches[m]),
+        lambda x, m: _run_loss(loss_fn, last, x, microbatches[m]),
         leaves,
     )
     run()

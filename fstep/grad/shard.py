@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fstep.grad.pieces import Pieces, finish_sum, is_pieces, lay_out, start_gather, start_sum, wholes
+from fstep.grad.pieces import Pieces, as_it_is, finish_sum, is_pieces, lay_out, start_gather, start_sum, wholes
 from fstep.mesh.axis import Axis
 from fstep.mesh.place import Copied, Shard, places
 from fstep.tree import NAMESPACE, check_type, path_name
@@ -163,7 +163,7 @@ def gather_params(tree: Any) -> Any:
     """
 
     def gather(node: Any) -> Any:
-        return node.fill(_call(_Gather, node, node.dtype, *node.leaves())) if is_pieces(node) else node
+        return node.fill(_call(_Gather, as_it_is(node), node.dtype, *node.leaves())) if is_pieces(node) else node
 
     return optree.tree_map(gather, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
 
@@ -171,7 +171,7 @@ def gather_params(tree: Any) -> Any:
 def gather_ahead(tree: Any) -> None:
     """Begin to gather the units of a tree inside a call of `pp_forward_backward`; `gather_params` will find them begun."""
     for node in optree.tree_leaves(tree, is_leaf=is_pieces, namespace=NAMESPACE):
-        if is_pieces(node) and node.call is not None and node.call.gathering is None:
+        if is_pieces(node) and as_it_is(node).call is not None and node.call.gathering is None:
             node.call.gathering = start_gather(node, [None if x is None else x.detach() for x in node.leaves()], node.dtype)
 
 
@@ -217,7 +217,7 @@ def unshard_params(tree: Any) -> Any:
     """
 
     def gather(node: Any) -> Any:
-        return node.fill(_whole(node, None, node.leaves())) if is_pieces(node) else node
+        return node.fill(_whole(replace(node, call=None), None, node.leaves())) if is_pieces(node) else node
 
     return optree.tree_map(gather, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
 
@@ -265,6 +265,6 @@ class _Scatter(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        back = _call(_Gather, ctx.node, None, *grads)
+        back = _call(_Gather, replace(ctx.node, call=None), None, *grads)
         fit = (None if y is None or t is None else y.to(t) for y, t in zip(back, ctx.dtypes, strict=True))
         return None, None, *fit

@@ -37,20 +37,21 @@ class Factored:
         self.path, self.weight, self.like_y, self.like_h = path, weight, like_y, like_h
         self.used = False
 
-    def linear(self, h: Tensor) -> Tensor:
-        """Compute ``h @ weight.T`` in the dtype of ``h``."""
+    def linear(self, h: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute ``h @ weight.T + bias`` in the dtype of ``h``."""
         if self.used or h.shape != self.like_h.shape:
             what = "used twice" if self.used else f"applied to {list(h.shape)}, where x has {list(self.like_h.shape[:-1])}"
             raise ValueError(f"split_weights: {self.path!r} is {what}; leave it out, with only=lambda path: ...")
         self.used = True
-        return _linear(h, self.weight.to(h.dtype), self.like_y, self.like_h)
+        return _linear(h, self.weight.to(h.dtype), bias, self.like_y, self.like_h)
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, w: Tensor, like_y: Tensor, like_h: Tensor) -> Tensor:
-        ctx.save_for_backward(h, w)
-        return F.linear(h, w)
+    def forward(ctx: Any, h: Tensor, w: Tensor, bias: Tensor | None, like_y: Tensor, like_h: Tensor) -> Tensor:
+        y = F.linear(h, w, bias)
+        ctx.save_for_backward(h.to(y.dtype), w.to(y.dtype))  # which autocast may have made another
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -59,11 +60,12 @@ class _Linear(Function):
                 "split_weights: a gradient of gradients would miss the weights; differentiate the plain block"
             )
         h, w = ctx.saved_tensors
-        return g @ w, None, g, h.detach()  # a gradient, which has no graph of its own
+        d_bias = flat(g).sum(0) if ctx.needs_input_grad[2] else None
+        return g @ w, None, d_bias, g, h.detach()  # a gradient, which has no graph of its own
 
 
-def _linear(h: Tensor, w: Tensor, like_y: Tensor, like_h: Tensor) -> Tensor:
-    y: Tensor = _Linear.apply(h, w, like_y, like_h)  # type: ignore[no-untyped-call]
+def _linear(h: Tensor, w: Tensor, bias: Tensor | None, like_y: Tensor, like_h: Tensor) -> Tensor:
+    y: Tensor = _Linear.apply(h, w, bias, like_y, like_h)  # type: ignore[no-untyped-call]
     return y
 
 

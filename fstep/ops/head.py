@@ -144,7 +144,7 @@ class _LogprobSum(Function):
         ctx.want = [recording and n for n in ctx.needs_input_grad[:4]]
         logp, ctx.found = _downhill(hidden, weight, labels, weights, part, temperature, *ctx.want[:2])
         ctx.save_for_backward(hidden, weight, labels, weights, logp)
-        return _dropped(logp, weights).mul(weights).sum()
+        return _weighted(logp, weights, labels)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,7 +153,7 @@ class _LogprobSum(Function):
         if torch.is_grad_enabled():  # as in _Logprobs
             given = [x.view_as(x) for x in (hidden, weight, weights)]
             again, _ = passes.plain(given[0], given[1], labels, ctx.part, ctx.temperature, False)
-            total = _dropped(again, given[2]).mul(given[2]).sum()
+            total = _weighted(again, given[2], labels)
             want = [ctx.want[0], ctx.want[1], ctx.want[3]]
             wanted = [x for x, w in zip(given, want, strict=True) if w]
             grads = iter(torch.autograd.grad(total, wanted, g, create_graph=True))
@@ -168,6 +168,11 @@ class _LogprobSum(Function):
                 passes.scale_(x, -g)
         d_weights = (_dropped(logp, weights) * g).to(weights.dtype) if ctx.want[3] else None
         return found[0], found[1], None, d_weights, *nothing
+
+
+def _weighted(logp: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
+    weights = torch.where(labels != IGNORE, weights, 0)  # where there is no label the weight may be anything
+    return _dropped(logp, weights).mul(weights).sum()
 
 
 def _dropped(logp: Tensor, weights: Tensor) -> Tensor:
@@ -223,7 +228,7 @@ def score_sum(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, p
     if in_transform() or torch.compiler.is_compiling():
         logp = score(hidden, weight, labels, part, temperature, False)
         assert isinstance(logp, Tensor)
-        return _dropped(logp, weights).mul(weights).sum()
+        return _weighted(logp, weights, labels)
     recording = is_recording(hidden, weight, weights)
     total: Tensor = _LogprobSum.apply(hidden, weight, labels, weights, part, temperature, recording)  # type: ignore[no-untyped-call]
     return total

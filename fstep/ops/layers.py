@@ -67,8 +67,7 @@ def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     tensor([11.])
     """
     if isinstance(weight, Factored):
-        y = weight.linear(x)
-        return y if bias is None else y + bias
+        return weight.linear(x, bias)
     return F.linear(x, weight, bias)
 
 

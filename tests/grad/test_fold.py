@@ -489,3 +489,36 @@ def test_more_ranks_than_elements() -> None:
     for a, b in zip(plain, ours, strict=True):
         assert_same_bits(b[:2], a[:2])
     assert dataclasses.is_dataclass(ours[0][0]) is False
+
+
+@pytest.mark.parametrize("sums", ["microbatch", "step"])
+def test_what_is_computed_from_the_pieces_is_gathered_too(sums: Any) -> None:
+    """Scaled, merged, or differentiated inside the loss: a gather begun ahead and sums put off are for the pieces alone."""
+    params = {"layers": {0: {"w": torch.full((3,), 2.0)}, 1: {"w": torch.full((3,), 3.0)}}, "head": torch.full((3,), 5.0)}
+
+    def stage(p: Any, x: Any, mb: Tensor) -> Tensor:
+        layers = fstep.tree_map(lambda w: 2 * w, p["layers"])
+        return fstep.fold_layers(lambda i, layer, x: x * layer["w"], layers, mb, ahead=p["head"])
+
+    def loss(p: Any, x: Tensor, mb: Tensor) -> Any:
+        head = fstep.gather_params(fstep.tree_map(lambda w: 3 * w, p["head"]))
+        once = fstep.value_and_grad(lambda q: (7 * fstep.gather_params(q["head"])).sum())(p)[1]
+        assert fstep.unshard_params(p["head"]).tolist() == [5.0] * 3
+        one = torch.tensor(1.0)
+        return fstep.Ratio((x * head).sum(), one), {"inner": fstep.Ratio(sum(g.sum() for g in fstep.tree_leaves(once)), one)}
+
+    def run(mesh: Mesh) -> Any:
+        zero = params if mesh.size == 1 else fstep.shard_params(params, mesh.dp, sums=sums)
+        like = fstep.tree_map(torch.ones_like, zero)
+
+        def scaled(p: Any, x: Tensor, mb: Tensor) -> Any:
+            return loss(fstep.tree_map(torch.mul, p, like), x, mb)  # trees of the caller's and of the call
+
+        value, grads = fstep.pp_forward_backward(stage, scaled, zero, [torch.ones(3), torch.ones(3)])
+        inner = fstep.psum(value[1]["inner"].num, axis=mesh.dp)
+        return value[0].num, inner, fstep.unshard_params(grads)
+
+    ((num, inner, grads),) = fstep.simulate(run, dp=1)
+    for got_num, got_inner, got in fstep.simulate(run, dp=2):
+        assert got_num == num and got_inner == 2 * inner  # 7 for each element, and once more for the other rank
+        fstep.testing.assert_trees_close(got, fstep.tree_map(lambda g: 2 * g, grads), rtol=1e-6)

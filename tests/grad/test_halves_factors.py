@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import fstep
 from fstep import Mesh, Ratio, Stages
 from fstep.grad.halves import backward_halves, backward_whole
+from fstep.testing import assert_trees_close
 from tests.grad.test_halves import Hold, Matmuls, Token
 
 DIM, WIDE = 6, 10
@@ -273,3 +274,62 @@ def test_a_pipeline_of_split_blocks_is_one_process_to_the_bit(schedule: str, how
     assert found.keys() == wanted.keys()
     for path, g in found.items():
         assert torch.equal(g, wanted[path]), path
+
+
+@pytest.mark.parametrize("wrap", ["remat", "split"])
+@pytest.mark.parametrize("schedule", ["zbv", "interleaved_zero_bubble", "dualpipev"])
+def test_gradients_that_are_one_tensor(schedule: str, wrap: str) -> None:
+    """Of two leaves that are added, of a leaf and of what is passed on: none may be added into."""
+
+    def block(q: Any, x: Tensor) -> Tensor:
+        return torch.tanh(x) + (q["a"] + q["b"]) + q["like_x"] + fstep.linear(x, q["w"])
+
+    f = fstep.remat(block)
+    if wrap == "split":
+        f = fstep.split_weights(block, through=fstep.remat, only=lambda path: path == "w")
+    zeros = {"a": torch.zeros(2), "b": torch.zeros(2), "like_x": torch.zeros(1, 2), "w": torch.full((2, 2), 0.3)}
+    params = dict.fromkeys(range(4), zeros)
+    one, mbs = torch.tensor(1.0), [torch.full((1, 2), 0.1 * k) for k in range(6)]
+
+    def run(q: Any, x: Any, mb: Tensor) -> Tensor:
+        x = mb if x is None else x
+        for s in sorted(q):
+            x = f(q[s], x)
+        return x
+
+    def loss(q: Any, x: Tensor, mb: Tensor) -> fstep.Ratio:
+        return fstep.Ratio(x.sum(), one)
+
+    want = fstep.pp_forward_backward(lambda q, x, mb: run(q, None, mb), loss, params, mbs)[1]
+
+    def on(mesh: fstep.Mesh) -> Any:
+        mine = fstep.stage_ranks(schedule, 2)
+        own = fstep.Stages({s: {s: params[s]} for s in range(4) if mine[s] == mesh.pp.rank})
+        return fstep.pp_forward_backward(run, loss, own, mbs, axis=mesh.pp, schedule=schedule)[1]
+
+    for grads in fstep.simulate(on, pp=2):
+        for s, part in grads.parts.items():
+            assert_trees_close(part[s], want[s], rtol=1e-5)
+
+
+def test_a_bias_is_rounded_once() -> None:
+    """As by torch's linear: in bfloat16 the product with the bias, not first the one and then the sum."""
+    key = fstep.Key.seed(0)
+    x, w, b = (key.fold_in(i).normal(n).bfloat16() for i, n in enumerate(((5, 16), (8, 16), (8,))))
+    block = lambda p, x: fstep.linear(x, p["w"], p["b"])  # noqa: E731
+    run = lambda p, f: f(p, x).float().square().sum()  # noqa: E731
+    for f in (fstep.split_weights(block), fstep.split_weights(block, through=fstep.remat)):
+        (a, got), (c, want) = (fstep.value_and_grad(run)({"w": w, "b": b}, g) for g in (f, block))
+        assert a == c and torch.equal(got["w"], want["w"]) and torch.equal(got["b"], want["b"])
+
+
+def test_autocast() -> None:
+    block = lambda p, x: fstep.linear(x, p["w"], p["b"])  # noqa: E731
+    params = {"w": torch.randn(3, 4), "b": torch.randn(3)}
+
+    def run(p: Any, f: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return f(p, torch.ones(2, 4)).float().sum()
+
+    got, want = (fstep.value_and_grad(run)(params, f)[1] for f in (fstep.split_weights(block), block))
+    assert_trees_close(got, want, rtol=1e-2)

@@ -16,7 +16,7 @@ from fstep.grad import own, pipeline
 from fstep.grad.pipeline import pp_forward, pp_forward_backward
 from fstep.mesh.axis import Axis, Mesh
 from fstep.ratio import Ratio
-from fstep.tree import tree_leaves, tree_map
+from fstep.tree import Tied, tree_leaves, tree_map
 from fstep_models.dense import Config, Dense
 
 DIM = 4
@@ -409,19 +409,21 @@ MUTANTS: dict[str, tuple[str, Callable]] = {
     "dropped microbatch": ("backward_into", _skip_second),
     "microbatch counted twice": (
         "_run",
-        lambda real: lambda s, f, p, mb: real(s, f, p, mb) if len(mb["x"]) > 1 else real(s, f, p, join([mb, mb])),
+        lambda real: lambda s, f, p, q, mb: real(s, f, p, q, mb) if len(mb["x"]) > 1 else real(s, f, p, q, join([mb, mb])),
     ),
     "auxiliary loss ignored": (
         "_run",
         lambda real: (
-            lambda s, f, p, mb: (lambda pair: (pair[0], {**pair[1], "balance": Ratio(ONE, ONE)}))(
-                real(lambda *a: s(*a)[0], f, p, mb)
+            lambda s, f, p, q, mb: (lambda pair: (pair[0], {**pair[1], "balance": Ratio(ONE, ONE)}))(
+                real(lambda *a: s(*a)[0], f, p, q, mb)
             )
         ),
     ),
     "auxiliary loss detached": (
         "_run",
-        lambda real: lambda s, f, p, mb: real(lambda *a: (s(*a)[0], {k: r.detach() for k, r in s(*a)[1].items()}), f, p, mb),
+        lambda real: (
+            lambda s, f, p, q, mb: real(lambda *a: (s(*a)[0], {k: r.detach() for k, r in s(*a)[1].items()}), f, p, q, mb)
+        ),
     ),
 }
 
@@ -437,3 +439,20 @@ def test_mutants_die(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, name, change(getattr(module, name)))
     with pytest.raises(AssertionError, match="not close"):
         check(pp_forward_backward(stage_aux, loss, p, batches), expected)
+
+
+def test_a_tied_parameter_is_there_once() -> None:
+    """A loss that goes through all leaves, a penalty say, meets it once, in the caller's structure."""
+    tied = {"embed": torch.arange(4.0, dtype=torch.float64), "head": Tied("embed")}
+    zeros = tree_map(torch.zeros_like, tied)
+
+    def penalty(p: Any, x: Tensor, mb: Tensor) -> Ratio:
+        assert tree_map(torch.add, p, zeros).keys() == tied.keys()
+        return Ratio(sum(t.square().sum() for t in tree_leaves(p)) + (x * p[p["head"].to]).sum(), ONE)
+
+    run = lambda p, x, mb: p["embed"] * mb  # noqa: E731
+    for mbs in ([ONE], [ONE, 2 * ONE]):
+        loss, grads = pp_forward_backward(run, penalty, tied, mbs)
+        k, e = sum(float(m) for m in mbs), tied["embed"]
+        assert loss.num == (len(mbs) + k) * e.square().sum()
+        assert torch.equal(grads["embed"], 2 * (len(mbs) + k) * e)

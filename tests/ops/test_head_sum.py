@@ -345,3 +345,19 @@ def test_token_logprobs_block_by_block(
         close(got, want)
     for a, b in zip(got[1], want[1], strict=True):
         assert a.dtype == dtype and (a.double() - b).norm() < 4 * torch.finfo(dtype).eps * b.norm()
+
+
+def test_a_place_without_a_label_may_have_any_weight() -> None:
+    """The advantage of a prompt token may be NaN; values and gradients are those without the token."""
+    hidden, head, labels = (
+        torch.randn(3, 4, dtype=torch.float64),
+        torch.randn(5, 4, dtype=torch.float64),
+        torch.tensor([1, -100, 2]),
+    )
+    weights = torch.tensor([1.0, torch.nan, 2.0], dtype=torch.float64)
+    f = lambda h, w, at: fstep.token_logprob_sum(h, w, labels[at], weights[at])  # noqa: E731
+    some = torch.tensor([0, 2])
+    value, (dh, dw) = fstep.value_and_grad(lambda h, w: f(h, w, slice(None)), (0, 1))(hidden, head)
+    want, (eh, ew) = fstep.value_and_grad(lambda h, w: f(h[some], w, some), (0, 1))(hidden, head)
+    assert torch.equal(value, want) and torch.equal(dh, eh)
+    torch.testing.assert_close(dw, ew, rtol=1e-13, atol=1e-13)
