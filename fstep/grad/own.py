@@ -21,8 +21,9 @@ import optree
 from torch import Tensor
 
 from fstep.grad.autodiff import Predicate, choose_trainable, private_leaf, read_grads
+from fstep.grad.call import Call
 from fstep.grad.messages import tensors_of
-from fstep.grad.pieces import Call, Pieces, is_pieces
+from fstep.grad.pieces import Pieces, is_pieces
 from fstep.mesh.place import Stages
 from fstep.tree import NAMESPACE, Tied, tree_leaves, tree_map, tree_replace_leaves
 

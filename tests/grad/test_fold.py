@@ -16,7 +16,7 @@ from torch import Tensor
 import fstep
 import fstep.testing
 from fstep import Mesh, Stages
-from fstep.grad import fold, pieces, shard
+from fstep.grad import call, fold, pieces, shard
 from fstep_models.dense import Config, Dense
 from tests.grad.zero_cases import (
     LAYERS,
@@ -413,7 +413,7 @@ def test_dense_steps_have_the_bits_of_the_plain_ones(sizes: dict[str, int], tied
 def test_how_often_gradients_are_summed(sums: Any, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every unit, gathered by `fold_layers` or by `gather_params`, once a microbatch or once a step."""
     calls: list[str] = []
-    for module in (fold, shard, pieces):
+    for module in (fold, shard, call):
         real = module.start_sum
         monkeypatch.setattr(module, "start_sum", lambda *a, real=real: (calls.append(""), real(*a))[1])
 
@@ -446,7 +446,7 @@ def test_a_head_is_gathered_ahead_and_its_sum_waited_for_at_the_end(monkeypatch:
                 events.append(name)
             return real(node, *args)
 
-        for module in (fold, shard, pieces):
+        for module in (fold, shard, call):
             monkeypatch.setattr(module, function, run, raising=False)
 
     note("start_gather", "gather"), note("start_sum", "sum"), note("finish_sum", "read")
