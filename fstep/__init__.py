@@ -18,7 +18,20 @@ from fstep.grad.schedule import Action, Schedule, ScheduleStats, Span
 from fstep.grad.schedules import dualpipev, gpipe, interleaved, interleaved_zero_bubble, one_f_one_b, zbv
 from fstep.grad.shard import gather_params, scatter_grads, shard_params, unshard_params
 from fstep.key import Key
+from fstep.loss.advantage import group_advantages, whiten
+from fstep.loss.distill import distill_loss, topk_distill_loss, tp_distill_loss, tp_topk_distill_loss
+from fstep.loss.documents import document_weights, spread_documents
+from fstep.loss.importance import cp_sequence_log_ratio, importance_weights, ratio_extremes
+from fstep.loss.kl import kl_loss
+from fstep.loss.kto import kto_kl, kto_loss
+from fstep.loss.pairs import Pairs, find_pairs
+from fstep.loss.policy import cispo_loss, clipped_loss, reinforce_loss
+from fstep.loss.preference import chosen_nll, dpo_loss, ipo_loss, orpo_loss, simpo_loss
+from fstep.loss.reward import bradley_terry_loss
+from fstep.loss.sequence import cp_sequence_last, cp_sequence_sums
 from fstep.loss.sft import sft_loss
+from fstep.loss.value import gae, value_loss
+from fstep.loss.weigh import weigh
 from fstep.mesh.axis import Axis, Mesh, require_single
 from fstep.mesh.collectives import (
     all_gather,
@@ -88,6 +101,7 @@ __all__ = [
     "Muon",
     "MuonState",
     "Packed",
+    "Pairs",
     "Pieces",
     "Place",
     "Ratio",
@@ -106,31 +120,49 @@ __all__ = [
     "all_to_all",
     "as_partial",
     "bare",
+    "bradley_terry_loss",
     "broadcast",
     "cast",
+    "chosen_nll",
+    "cispo_loss",
+    "clipped_loss",
     "constant",
     "cp_attention",
     "cp_gather_logprobs",
+    "cp_sequence_last",
+    "cp_sequence_log_ratio",
+    "cp_sequence_sums",
     "cp_shard",
     "cp_unshard",
     "cut",
     "cut_like",
+    "distill_loss",
     "divide_documents",
+    "document_weights",
+    "dpo_loss",
     "draw_documents",
     "dualpipev",
     "embed",
     "finalize_grads",
+    "find_pairs",
     "fold_layers",
+    "gae",
     "gather_params",
     "gpipe",
+    "group_advantages",
     "head_logits",
     "hidden_matrices",
+    "importance_weights",
     "in_transform",
     "init_state",
     "interleaved",
     "interleaved_zero_bubble",
+    "ipo_loss",
     "is_recording",
     "join_documents",
+    "kl_loss",
+    "kto_kl",
+    "kto_loss",
     "latest_step",
     "lift",
     "linear",
@@ -141,6 +173,7 @@ __all__ = [
     "mesh_from_env",
     "muon",
     "one_f_one_b",
+    "orpo_loss",
     "pack_thd",
     "packed_attention",
     "places",
@@ -153,7 +186,9 @@ __all__ = [
     "psum",
     "pvary",
     "pytree",
+    "ratio_extremes",
     "reduce_scatter",
+    "reinforce_loss",
     "remat",
     "require_single",
     "rms_norm",
@@ -166,11 +201,13 @@ __all__ = [
     "sft_loss",
     "sgd",
     "shard_params",
+    "simpo_loss",
     "simulate",
     "split_documents",
     "split_microbatches",
     "split_trainable",
     "split_weights",
+    "spread_documents",
     "stage_ranks",
     "static",
     "stream_hf",
@@ -179,6 +216,8 @@ __all__ = [
     "token_logprob_sum",
     "token_logprobs",
     "token_top_logprobs",
+    "topk_distill_loss",
+    "tp_distill_loss",
     "tp_embed",
     "tp_gather",
     "tp_head_logits",
@@ -188,6 +227,7 @@ __all__ = [
     "tp_token_logprob_sum",
     "tp_token_logprobs",
     "tp_token_top_logprobs",
+    "tp_topk_distill_loss",
     "tree_leaves",
     "tree_map",
     "tree_map_with_path",
@@ -197,9 +237,12 @@ __all__ = [
     "unpack_thd",
     "unshard_params",
     "value_and_grad",
+    "value_loss",
     "vjp",
     "warmup_cosine",
     "warmup_linear",
+    "weigh",
+    "whiten",
     "wsd",
     "zbv",
 ]

@@ -17,8 +17,9 @@ from fstep.tree import pytree
 class Ratio:
     """An unreduced sum ``num`` and its weight ``den``; ratios add, and `mean` divides once at the end.
 
-    Both are 0-d tensors. A loss, a metric, a count of clipped tokens over a count of tokens: each is a Ratio, so that it
-    adds up over microbatches and over ranks to what one large batch would have given.
+    Both are 0-d tensors (on the way to a loss, tensors with an entry for each document). A loss, a metric, a count of
+    clipped tokens over a count of tokens: each is a Ratio, so that it adds up over microbatches and over ranks to what one
+    large batch would have given.
 
     >>> import torch, fstep
     >>> a = fstep.Ratio(torch.tensor(12.0), torch.tensor(4.0))

@@ -195,6 +195,40 @@ def at_1_2(dtype: torch.dtype) -> tuple[Any, ...]:
     return {"w": randn(1, 3, 4, dtype=dtype)}, randn(2, 4, dtype=dtype)
 
 
+def by_document(f: Callable[..., Any]) -> Make:
+    """Give a loss sums [documents], below 0, of two pairs."""
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        pairs = torch.tensor([7, 2, 7, 2]), torch.tensor([True, False, False, True])
+        sums = Ratio(-randn(1, 4, dtype=dtype).abs() - 0.1, torch.tensor([1.0, 2.0, 3.0, 2.0], dtype=dtype))
+        return (lambda x: f(x, fstep.find_pairs(*pairs))), sums
+
+    return make
+
+
+def over_tokens(f: Callable[..., Any]) -> Make:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        packed = fstep.pack_thd(docs(dtype), multiple_of=2)
+        return (lambda x: f(x, packed, axis=fstep.Mesh().cp)), randn(1, len(packed.tokens), dtype=dtype)
+
+    return make
+
+
+def distill(top: bool, **options: Any) -> Make:
+    """The teacher's are no variables: it has no gradient."""
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        teacher = (randn(3, 5, 3, dtype=dtype), randn(4, 6, 3, dtype=dtype))
+        if top:
+            ids = torch.arange(10).reshape(5, 2) % 6
+            teacher = (ids, (teacher[0] @ teacher[1].T).log_softmax(-1).gather(-1, ids))
+        f = fstep.topk_distill_loss if top else fstep.distill_loss
+        weights = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0], dtype=dtype)
+        return (lambda h, w, x: f(h, w, *teacher, x, temperature=0.7, **options)), *hidden_and_head(dtype), weights
+
+    return make
+
+
 def hidden_and_head(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return randn(1, 5, 4, dtype=dtype), randn(2, 6, 4, dtype=dtype)
 
@@ -310,6 +344,34 @@ ROWS: dict[str, Row] = {
     "sft_loss": Row(
         "sft_loss", lambda d: (fstep.sft_loss, randn(1, 6, dtype=d), randn(2, 6, dtype=d).abs()), dtype=at_least_float32
     ),
+    "dpo_loss": Row(
+        "dpo_loss find_pairs Pairs",
+        by_document(lambda x, p: fstep.dpo_loss(x, p, beta=0.5, label_smoothing=0.1)[0]),
+        dtype=at_least_float32,
+    ),
+    "ipo_loss": Row("ipo_loss", by_document(lambda x, p: fstep.ipo_loss(x, p, beta=0.5)[0]), dtype=at_least_float32),
+    "simpo_loss": Row(
+        "simpo_loss", by_document(lambda x, p: fstep.simpo_loss(x, p, beta=2.0, margin=0.5)[0]), dtype=at_least_float32
+    ),
+    "orpo_loss": Row("orpo_loss", by_document(lambda x, p: fstep.orpo_loss(x, p, beta=0.5)[0]), dtype=at_least_float32),
+    "chosen_nll": Row("chosen_nll", by_document(fstep.chosen_nll), dtype=at_least_float32),
+    "kto_loss": Row(
+        "kto_loss",
+        by_document(lambda x, p: fstep.kto_loss(x, torch.tensor([1, 0, 0, 1]), beta=0.5, kl=0.1)[0]),
+        dtype=at_least_float32,
+    ),
+    "kto_kl": Row("kto_kl", by_document(lambda x, p: fstep.kto_kl(x)), dtype=at_least_float32, no_slope="is detached"),
+    "bradley_terry_loss": Row(
+        "bradley_terry_loss",
+        by_document(lambda x, p: fstep.bradley_terry_loss(x.num, p, margin=0.5, center=0.1)[0]),
+        dtype=at_least_float32,
+    ),
+    "cp_sequence_sums": Row("cp_sequence_sums", over_tokens(fstep.cp_sequence_sums), dtype=at_least_float32),
+    "cp_sequence_last": Row("cp_sequence_last", over_tokens(fstep.cp_sequence_last)),
+    "distill_loss": Row("distill_loss", distill(False), dtype=at_least_float32),
+    "distill_loss, js": Row("distill_loss", distill(False, divergence="js", beta=0.3), dtype=at_least_float32),
+    "topk_distill_loss": Row("topk_distill_loss", distill(True), dtype=at_least_float32),
+    "topk_distill_loss, reverse": Row("topk_distill_loss", distill(True, divergence="reverse"), dtype=at_least_float32),
     # grad
     "value_and_grad": Row(
         "value_and_grad", lambda d: (lambda p, x: fstep.value_and_grad(quadratic)(p, x)[1], *at_1_2(d)), like=0
@@ -345,6 +407,95 @@ ROWS: dict[str, Row] = {
         lambda d: (lambda p: fstep.pp_forward(stage, lambda p, x, mb: x * 2, p, microbatches(d)), params(d)),
         no_slope="takes no gradients",
     ),
+    # loss, of policies
+    "clipped_loss": Row(
+        "clipped_loss",
+        lambda d: (
+            lambda x, w: fstep.clipped_loss(x, torch.tensor([1.0, -1, 1, -1], dtype=d), w, dual=1.5)[0],
+            torch.tensor([0.1, -0.05, 0.5, 0.75], dtype=d),
+            torch.tensor([1.0, 2.0, 0.0, 0.5], dtype=d),
+        ),
+        dtype=at_least_float32,
+    ),
+    "cispo_loss": Row(
+        "cispo_loss",
+        lambda d: (
+            lambda p, w: fstep.cispo_loss(p, torch.tensor([0.5, -0.5], dtype=d), torch.ones(2, dtype=d), w)[0],
+            -randn(1, 2, dtype=d).abs(),
+            randn(2, 2, dtype=d).abs(),
+        ),
+        dtype=at_least_float32,
+    ),
+    "reinforce_loss": Row(
+        "reinforce_loss",
+        lambda d: (
+            lambda p, w: fstep.reinforce_loss(p, torch.tensor([2.0, -1.0], dtype=d), w),
+            randn(1, 2, dtype=d),
+            randn(2, 2, dtype=d),
+        ),
+        dtype=at_least_float32,
+    ),
+    "kl_loss": Row(
+        "kl_loss",
+        lambda d: (
+            lambda p, r, w: fstep.kl_loss(p, torch.tensor([0.5, -0.5], dtype=d), w, log_ratio=r),
+            randn(1, 2, dtype=d),
+            randn(2, 2, dtype=d),
+            randn(3, 2, dtype=d),
+        ),
+        dtype=at_least_float32,
+    ),
+    "weigh": Row(
+        "weigh",
+        lambda d: (lambda x, w, c: fstep.weigh(x, w, counts=c), *(randn(i, 3, dtype=d) for i in range(3))),
+        dtype=at_least_float32,
+    ),
+    "value_loss": Row(
+        "value_loss",
+        lambda d: (
+            lambda v, w: fstep.value_loss(v, torch.ones(3, dtype=d), w, old_values=torch.zeros(3, dtype=d), clip=0.5)[0],
+            torch.tensor([0.25, 0.75, -2.0], dtype=d),
+            torch.tensor([1.0, 2.0, 3.0], dtype=d),
+        ),
+        dtype=at_least_float32,
+    ),
+    "gae": Row(
+        "gae",
+        lambda d: (
+            lambda r, v, b: fstep.gae(r, v, docs(d), gamma=0.75, lam=0.5, bootstrap=b),
+            randn(1, 11, dtype=d),
+            randn(2, 11, dtype=d),
+            randn(3, 4, dtype=d),
+        ),
+        dtype=at_least_float32,
+    ),
+    "group_advantages": Row(
+        "group_advantages",
+        lambda d: (lambda r: fstep.group_advantages(r, torch.tensor([3, 1, 3, 1, 3])), randn(1, 5, dtype=d)),
+        dtype=at_least_float32,
+    ),
+    "whiten": Row(
+        "whiten", lambda d: (fstep.whiten, randn(1, 4, dtype=d), randn(2, 4, dtype=d).abs()), dtype=at_least_float32
+    ),
+    "document_weights": Row("document_weights", lambda d: (fstep.document_weights, docs(d)), dtype=at_least_float32),
+    "spread_documents": Row(
+        "spread_documents", lambda d: (lambda x: fstep.spread_documents(x, docs(d), last=True), randn(1, 4, dtype=d))
+    ),
+    "cp_sequence_log_ratio": Row(
+        "cp_sequence_log_ratio",
+        lambda d: (fstep.cp_sequence_log_ratio, randn(1, 12, dtype=d), microbatches(d)[0]),
+        dtype=at_least_float32,
+    ),
+    "importance_weights": Row(
+        "importance_weights ratio_extremes",
+        lambda d: (
+            lambda x, w: (fstep.importance_weights(x, w), fstep.ratio_extremes(x, w)),
+            randn(1, 4, dtype=d),
+            randn(2, 4, dtype=d),
+        ),
+        dtype=at_least_float32,
+        no_slope="constants",
+    ),
     # update, state
     "finalize_grads": Row(
         "finalize_grads",
@@ -371,7 +522,7 @@ EXEMPT = {
     "Axis Mesh MeshError require_single mesh_from_env simulate": "about ranks",
     "Shard Copied Stages Place places bare cut_like": "say where a parameter lives",
     "tp_embed tp_gather tp_head_logits tp_local tp_row_linear tp_scatter tp_token_logprobs"
-    " tp_token_logprob_sum tp_token_top_logprobs": "communicate on an axis",
+    " tp_distill_loss tp_topk_distill_loss tp_token_logprob_sum tp_token_top_logprobs": "communicate on an axis",
     "token_top_logprobs": "has no gradient",
     "psum pmax pvary as_partial all_gather reduce_scatter all_to_all ppermute broadcast take_shard":
         "communicate on an axis",

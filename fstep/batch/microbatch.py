@@ -4,11 +4,16 @@
 
 What is computed on each part adds up: the loss is a `Ratio`, so any split gives the same loss and gradients. The same goes
 for `divide_documents`, which gives each rank its part of a batch.
+
+A loss that compares documents (a chosen answer and a rejected one) needs them in one part: ``together`` gives documents
+that stay together one number, and such a group is then spread as one document would be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from torch import Tensor
 
 from fstep.batch.batch import Docs, select_documents
 from fstep.batch.plan import Bins, plan_balanced, plan_first_fit
@@ -25,12 +30,36 @@ def _fewest_balanced(lengths: list[int], max_tokens: int) -> Bins:
         return bins
 
 
-def divide_documents(batch: Docs, *, axis: Axis) -> Docs:
+def _groups(function: str, batch: Docs, together: Tensor | None) -> Bins:
+    """List the documents that stay together; without ``together`` each is on its own."""
+    if together is None:
+        return tuple((i,) for i in range(len(batch.lengths)))
+    check_type(function, "together", together, Tensor, 'a number for each document, e.g. docs.per_document["pair"]')
+    if together.shape != batch.lengths.shape or together.is_floating_point():
+        raise ValueError(
+            f"{function}: together is {together.dtype} {tuple(together.shape)} for {len(batch.lengths)} documents; give "
+            'each a whole number, the same for those that stay together, e.g. docs.per_document["pair"]'
+        )
+    groups: dict[int, list[int]] = {}
+    for i, number in enumerate(together.tolist()):
+        groups.setdefault(number, []).append(i)
+    return tuple(tuple(g) for g in groups.values())
+
+
+def _sums(groups: Bins, lengths: Sequence[int]) -> list[int]:
+    return [sum(lengths[i] for i in g) for g in groups]
+
+
+def _documents(groups: Bins, numbers: Sequence[int]) -> list[int]:
+    return sorted(i for n in numbers for i in groups[n])
+
+
+def divide_documents(batch: Docs, *, axis: Axis, together: Tensor | None = None) -> Docs:
     """Return this rank's documents of ``batch``, with about as many tokens as every other rank's of ``axis``.
 
     Input: replicated over ``axis``, so that the documents of a step are the same for every mesh; output: a shard of it.
     Every rank makes the same plan, and nothing is communicated. With fewer documents than ranks some have none: they take
-    part in the step with weight 0.
+    part in the step with weight 0. Documents with one number in ``together`` [documents] go to one rank.
 
     >>> import fstep
     >>> docs = fstep.make_docs([[1] * 5, [2] * 3, [3] * 3])
@@ -39,9 +68,11 @@ def divide_documents(batch: Docs, *, axis: Axis) -> Docs:
     """
     check_type("divide_documents", "batch", batch, Docs, "what make_docs returns")
     check_type("divide_documents", "axis", axis, Axis, "an axis of the mesh, e.g. mesh.dp")
+    groups = _groups("divide_documents", batch, together)
     if axis.size == 1:
         return batch
-    return select_documents(batch, plan_balanced(batch.lengths, axis.size)[axis.rank])
+    lengths = _sums(groups, batch.lengths.tolist())
+    return select_documents(batch, _documents(groups, plan_balanced(lengths, axis.size)[axis.rank]))
 
 
 def split_microbatches(
@@ -51,6 +82,7 @@ def split_microbatches(
     max_tokens: int | None = None,
     multiple_of: int = 1,
     axis: Axis = Axis("dp"),  # noqa: B008 -- immutable
+    together: Tensor | None = None,
 ) -> tuple[Docs, ...]:
     """Cut ``batch`` into ``num`` microbatches, or into as few as hold at most ``max_tokens`` tokens each.
 
@@ -63,15 +95,22 @@ def split_microbatches(
     microbatches of its own documents, the same number of them on every rank: some may be empty. Input: replicated over
     ``axis``; output: a shard of it. Nothing is communicated.
 
-    Raises ValueError if a document is longer than ``max_tokens``, or unless exactly one of ``num``, ``max_tokens`` is given.
+    ``together`` [documents] gives the same whole number to documents that have to be in one part: the chosen and the
+    rejected answer of a pair, for a loss that compares them.
 
-    >>> import fstep
+    Raises ValueError if a document, or what stays together, is longer than ``max_tokens``, unless exactly one of ``num``,
+    ``max_tokens`` is given, and for a ``together`` that does not fit.
+
+    >>> import torch, fstep
     >>> docs = fstep.make_docs([[1] * 5, [2] * 3, [3] * 3, [4] * 2, [5] * 2, [6]])
     >>> [part.lengths.tolist() for part in fstep.split_microbatches(docs, max_tokens=8)]
     [[5, 2, 1], [3, 3, 2]]
     >>> cut = lambda mesh: fstep.split_microbatches(docs, max_tokens=5, axis=mesh.dp)
     >>> [[part.lengths.tolist() for part in parts] for parts in fstep.simulate(cut, dp=2)]
     [[[5], [2, 1]], [[3, 2], [3]]]
+    >>> pairs = torch.tensor([0, 0, 1, 1, 2, 2])
+    >>> [part.lengths.tolist() for part in fstep.split_microbatches(docs, max_tokens=8, together=pairs)]
+    [[5, 3], [3, 2, 2, 1]]
     """
     check_type("split_microbatches", "batch", batch, Docs, "what make_docs returns")
     check_type("split_microbatches", "axis", axis, Axis, "an axis of the mesh, e.g. mesh.dp")
@@ -83,14 +122,18 @@ def split_microbatches(
         raise ValueError(f"split_microbatches: multiple_of is {multiple_of}; pass 1 or more")
     if num is not None and num < 1:
         raise ValueError(f"split_microbatches: num is {num}; pass 1 or more")
-    lengths = [(n + multiple_of - 1) // multiple_of * multiple_of for n in batch.lengths.tolist()]
+    groups = _groups("split_microbatches", batch, together)
+    real = batch.lengths.tolist()
+    lengths = _sums(groups, [(n + multiple_of - 1) // multiple_of * multiple_of for n in real])
     if max_tokens is not None and lengths and max(lengths) > max_tokens:
-        longest = lengths.index(max(lengths))
+        longest = [int(batch.index[i]) for i in groups[lengths.index(max(lengths))]]
+        one = len(longest) == 1
+        what = f"document {longest[0]} needs" if one else f"documents {longest}, which stay together, need"
         raise ValueError(
-            f"split_microbatches: document {int(batch.index[longest])} needs {max(lengths)} tokens (with multiple_of="
-            f"{multiple_of}) and max_tokens is {max_tokens}; raise max_tokens or cut the document"
+            f"split_microbatches: {what} {max(lengths)} tokens (with multiple_of="
+            f"{multiple_of}) and max_tokens is {max_tokens}; raise max_tokens or cut {'the document' if one else 'them'}"
         )
-    shares = (tuple(range(len(lengths))),) if axis.size == 1 else plan_balanced(batch.lengths, axis.size)
+    shares = (tuple(range(len(lengths))),) if axis.size == 1 else plan_balanced(_sums(groups, real), axis.size)
 
     def plan(share: Sequence[int]) -> Bins:
         mine = [lengths[i] for i in share]
@@ -101,4 +144,4 @@ def split_microbatches(
     plans = [plan(share) for share in shares]
     own = plans[axis.rank]
     own += ((),) * (max(map(len, plans)) - len(own))
-    return tuple(select_documents(batch, b) for b in own)
+    return tuple(select_documents(batch, _documents(groups, b)) for b in own)
