@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optree
 import torch
@@ -24,9 +24,6 @@ from fstep.mesh.axis import Axis
 from fstep.mesh.place import Place, Range, places
 from fstep.mesh.transport import Pending, Transport
 from fstep.tree import NAMESPACE, unnamed_node
-
-if TYPE_CHECKING:
-    from fstep.grad.call import Call
 
 # Parameters and parts begin at multiples of so many elements, since kernels are slower on memory that is not aligned.
 ALIGN = 16
@@ -71,7 +68,7 @@ class Pieces:
     dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     sums: str = "microbatch"
-    call: Call | None = None
+    call: Any = None  # a Call, inside one
 
     def span(self, slot: Slot, rank: int | None = None) -> Range:
         """Return the elements of a parameter that a rank holds, this one by default."""
