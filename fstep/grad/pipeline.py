@@ -214,7 +214,8 @@ def _run_table(
 ) -> tuple[Ratio, Metrics]:
     """Follow the table; gradients are added to the call's own leaves. Return the loss of all ranks."""
     parts = stage_parts("pp_forward_backward", params.tree, table, axis)
-    last = stage_parts("pp_forward_backward", params.last, table, axis).get(table.stages - 1)
+    of_loss = parts if params.last is params.tree else stage_parts("pp_forward_backward", params.last, table, axis)
+    last = of_loss.get(table.stages - 1)
     device = _device(params.tree, list(microbatches))
     leaves = {stage: [x for x in tensors_of(part) if x.requires_grad] for stage, part in parts.items()}
     if last is not None:
