@@ -150,8 +150,8 @@ class Bench:
             except Exception:
                 print(f"{race.name}, {name}, rank {self.mesh.rank}: {traceback.format_exc()[-1500:]}", flush=True)
                 errors[name] = float("inf")
-            # In bfloat16 gradients are added up in bfloat16: how far that is off is shown, and no verdict.
-            good = errors[name] <= (1e-10 if self.args.check else 0.5)
+            # In bfloat16 gradients are added up in bfloat16, where torch's own eager pipeline is off by 0.09.
+            good = errors[name] <= (1e-10 if self.args.check else 0.15)
             self.failed |= not good
             self.say(f"{race.name}, {name}: worst error of a gradient {errors[name]:.1e}{'' if good else '   WRONG'}")
             free()
