@@ -151,7 +151,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, *, scale: float, method:
         method = "math" if in_transform() else "auto" if is_fused(q) else "documents"
     if method == "math":
         return _attend_math(q, k, v, rows, scale)
-    if method == "documents":
+    if method == "documents" and not torch.compiler.is_compiling():  # a graph cannot hold what is read on the host
         return _attend_documents(q, k, v, rows, scale)
     at = (rows.cu_q, rows.cu_k, rows.max_q, rows.max_k, rows.left, rows.right)
     out: Tensor = _attend(q, k, v, *at, scale, method)[0]

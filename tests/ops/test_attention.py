@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -235,6 +236,27 @@ def test_private_kernel_is_there(name: str, arguments: tuple[str, ...]) -> None:
     schema = str(getattr(torch.ops.aten, name).default._schema)
     for argument in arguments:
         assert f" {argument}" in schema, f"the arguments of {name} have changed: {schema}"
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_documents_in_a_graph_that_serves_all_rows(window: int) -> None:
+    """As a compiled block in float32 or float64 on a GPU needs it, where no kernel is fused."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(packed_attention, backend=count, fullgraph=True, dynamic=True)
+    for lengths in ([5, 9, 3], [6, 2, 9]):
+        xs, cu = inputs(lengths), boundaries(lengths)
+        how = {"max_seqlen": 9, "window": window, "method": "documents"}
+        got = pulled(lambda q, k, v, cu=cu, how=how: compiled(q, k, v, cu, **how), *xs)
+        want = pulled(lambda q, k, v, cu=cu, how=how: packed_attention(q, k, v, cu, **how), *xs)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    assert len(graphs) == 1
 
 
 def test_inputs_are_not_changed() -> None:

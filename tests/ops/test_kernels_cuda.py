@@ -121,7 +121,7 @@ def test_ring(size: int, kernel: str) -> None:
 
     def f(mesh: fstep.Mesh) -> list[Tensor]:
         part, at = fstep.cp_shard(packed, axis=mesh.cp), fstep.cp_shard(numbered, axis=mesh.cp).tokens
-        options = dict(axis=mesh.cp, max_seqlen=part.max_seqlen, kernel=kernel)
+        options = dict(axis=mesh.cp, max_seqlen=part.max_seqlen, method="ring", kernel=kernel)
         attend = lambda q, k, v: fstep.cp_attention(q, k, v, part.cu_seqlens_padded, **options)  # noqa: E731
         got = pulled(attend, *(x[at].cuda() for x in xs))
         return [fstep.cp_unshard(x, part, axis=mesh.cp, grad="slice") for x in got]
