@@ -50,7 +50,8 @@ def group_advantages(
     compared with. Groups are any integers in any order. Call it with whole groups, before documents are divided over ranks;
     with ``scale="batch"`` with the whole batch.
 
-    Raises ValueError for shapes that differ or unknown names, TypeError for groups that are no integers.
+    Raises ValueError for shapes that differ, unknown names and a scale without a baseline, TypeError for groups that are no
+    integers.
 
     >>> import torch, fstep
     >>> rewards, groups = torch.tensor([1.0, 0.0, 0.0, 0.1, 0.1, 5.0]), torch.tensor([7, 7, 7, 3, 3, 4])
@@ -72,6 +73,11 @@ def group_advantages(
         raise ValueError(f'{function}: baseline is {baseline!r}; pass "mean", "others" or None')
     if scale not in ("group", "batch", None):
         raise ValueError(f'{function}: scale is {scale!r}; pass "group", "batch" or None')
+    if baseline is None and scale is not None:
+        raise ValueError(
+            f"{function}: scale is {scale!r} without a baseline, and equal rewards would be divided by 0; pass scale=None, or a "
+            "baseline"
+        )
     x = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     # Groups are numbered in sorted order, on the device: there are at most as many as documents.
     ordered, order = groups.sort(stable=True)
@@ -103,9 +109,10 @@ def group_advantages(
 def whiten(values: Tensor, weights: Tensor, *, eps: float = 1e-8, axis: Axis | None = None) -> Tensor:
     """Return ``(value - mean) / sqrt(variance + eps)`` over all tokens that carry weight, 0 elsewhere: [tokens].
 
-    Mean and variance are those of the weights, over ``sum(weights)``. That is how REINFORCE++ (arXiv:2501.03262) and PPO
-    scale advantages; call it with the whole batch, before it is split. If ranks hold different tokens, ``axis`` is theirs
-    (``mesh.over("dp", "cp")``), and two sums are added up over it. Input and output: shards.
+    Mean and variance are those of the weights, over ``sum(weights)``, and computed in float64, so that equal values become
+    0. That is how REINFORCE++ (arXiv:2501.03262) and PPO scale advantages; call it with the whole batch, before it is split.
+    If ranks hold different tokens, ``axis`` is theirs (``mesh.over("dp", "cp")``), and sums are added up over it. Input and
+    output: shards.
 
     Raises ValueError for shapes that differ.
 
@@ -117,12 +124,14 @@ def whiten(values: Tensor, weights: Tensor, *, eps: float = 1e-8, axis: Axis | N
     if axis is not None:
         check_axis(function, axis)
     mask, weights, (values,) = counted(function, weights, values=values)
+    # In float32 the mean of equal values is not that value, and by sqrt(eps) the difference is far from 0.
+    x, w = values.double(), weights.double()
 
     def add(x: Tensor) -> Tensor:
         total = x.sum()
         return total if axis is None else pvary(psum(total, axis=axis), axis=axis)
 
-    den = add(weights)
+    den = add(w)
     den = torch.where(den != 0, den, 1)
-    centred = torch.where(mask, values - add(weights * values) / den, 0)
-    return centred * (add(weights * centred.square()) / den + eps).rsqrt()
+    centred = torch.where(mask, x - add(w * x) / den, 0)
+    return (centred * (add(w * centred.square()) / den + eps).rsqrt()).to(values.dtype)

@@ -46,7 +46,9 @@ def dpo_loss(ratios: Ratio, pairs: Pairs, *, beta: float, label_smoothing: float
         raise ValueError(f"dpo_loss: label_smoothing is {label_smoothing}; pass a probability of at most 0.5")
     chosen, rejected, weights = compared("dpo_loss", ratios, pairs)
     z = beta * (chosen.num - rejected.num)
-    terms = -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+    terms = -(1 - label_smoothing) * logsigmoid(z)
+    if label_smoothing:  # 0 * log sigmoid(-z) is NaN for an infinite z, of a rejected answer that cannot be
+        terms = terms - label_smoothing * logsigmoid(-z)
     return total(terms, weights), reward_metrics(beta * chosen.num, beta * rejected.num, weights)
 
 

@@ -120,7 +120,8 @@ def value_loss(
     error = values - returns
     cut = torch.zeros_like(weights, dtype=torch.bool)
     if clip is not None:
-        near = (old + (values.detach() - old).clamp(-clip, clip) - returns).detach()
+        # Not old + clamp(values - old): rounded, that is not the value itself, and cuts tokens that have hardly moved.
+        near = values.detach().clamp(old - clip, old + clip) - returns
         cut = near.abs() > error.detach().abs()
         error = torch.where(cut, near, error)
     loss = over(function, error.square() / 2, weights, counts)
