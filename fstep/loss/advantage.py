@@ -75,8 +75,8 @@ def group_advantages(
         raise ValueError(f'{function}: scale is {scale!r}; pass "group", "batch" or None')
     if baseline is None and scale is not None:
         raise ValueError(
-            f"{function}: scale is {scale!r} without a baseline, and equal rewards would be divided by 0; pass scale=None, or a "
-            "baseline"
+            f"{function}: scale is {scale!r} without a baseline, and equal rewards would be divided by 0; pass scale=None, "
+            "or a baseline"
         )
     x = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     # Groups are numbered in sorted order, on the device: there are at most as many as documents.

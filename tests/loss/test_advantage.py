@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import itertools
+import math
 import statistics
 from typing import Literal
 
@@ -111,7 +111,5 @@ def test_what_does_not_fit_is_named() -> None:
         fstep.group_advantages(x, groups, baseline="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale is 'std'; pass"):
         fstep.group_advantages(x, groups, scale="std")  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match="scale is 'group' without a baseline, and equal rewards would be divided by 0; pass"
-    ):
+    with pytest.raises(ValueError, match="scale is 'group' without a baseline, and equal rewards"):
         fstep.group_advantages(x, groups, baseline=None)
