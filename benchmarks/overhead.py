@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import fstep
 from fstep.tree import tree_leaves, tree_replace_leaves
 from fstep_models.dense import Config, Dense
+from fstep_models.dense_parts import tables
 
 Step = Callable[[], tuple[Tensor, Tensor]]
 Batch = Callable[[], fstep.Packed]
@@ -113,7 +114,7 @@ def by_hand(model: Dense, params: Any, batch: Batch, seen: list[list[Tensor]] | 
         mb = batch()
         x = F.embedding(mb.tokens, p["embed"])
         x = x if model.dtype is None else x.to(model.dtype)
-        cos, sin = model._tables(mb, x.dtype)
+        cos, sin = tables(model.config.rope, mb, x.dtype)
         for i, layer in p["layers"].items():
             window = model.config.windows[i]
             x = model._block(layer, x, cos, sin, mb.cu_seqlens_padded, mb.max_seqlen, window, model, mesh)

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
 import fstep
+from fstep_models.dense_parts import tables
 
 
 class Embed(nn.Module):
@@ -84,7 +85,7 @@ def same(job: Job, batch: fstep.Packed) -> Decoder:
     """Build the module that calls the functions of fstep's model."""
     model, params = job.model, job.params()
     c, mesh = job.config, fstep.Mesh()
-    cos, sin = model._tables(batch, job.low)
+    cos, sin = tables(c.rope, batch, job.low)
     rest = (cos, sin, batch.cu_seqlens_padded, batch.max_seqlen)
 
     def layer(i: int) -> Callable[..., Tensor]:

@@ -59,6 +59,9 @@ from fstep.ops.tensor import tp_embed, tp_gather, tp_local, tp_row_linear, tp_sc
 from fstep.ops.top import token_top_logprobs, tp_token_top_logprobs
 from fstep.ops.vocab import tp_head_logits, tp_token_logprob_sum, tp_token_logprobs
 from fstep.ratio import Ratio
+from fstep.rollout.gather import gather_documents
+from fstep.rollout.generate import generate
+from fstep.rollout.sample import sample_tokens
 from fstep.state.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
 from fstep.state.state import DonatedError, TrainState, init_state
 from fstep.state.weights import HFTensor, WeightsError, load_hf, save_hf, stream_hf
@@ -147,7 +150,9 @@ __all__ = [
     "find_pairs",
     "fold_layers",
     "gae",
+    "gather_documents",
     "gather_params",
+    "generate",
     "gpipe",
     "group_advantages",
     "head_logits",
@@ -194,6 +199,7 @@ __all__ = [
     "rms_norm",
     "rope_tables",
     "rotate",
+    "sample_tokens",
     "save_checkpoint",
     "save_hf",
     "scatter_grads",

@@ -11,8 +11,7 @@ that is there is added, a q_norm that is there is applied. A stage runs whatever
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +28,8 @@ from fstep.ops.tensor import part_of
 from fstep_models.config import read_json, tokenizer_files
 from fstep_models.dense_block import block, mlp, qkv
 from fstep_models.dense_config import Config
-from fstep_models.dense_parts import check_mesh, check_row, spec_on
+from fstep_models.dense_decode import Cache, decode
+from fstep_models.dense_parts import check_mesh, check_row, draw, spec_on, tables
 from fstep_models.scores import Scores, read
 
 Params = dict[Any, Any]
@@ -99,17 +99,9 @@ class Dense:
     ) -> Any:
         """Draw fresh params, this rank's: weights normal with the config's deviation, norms 1, biases 0."""
 
-        def draw(place: fstep.Place) -> Tensor:
-            if place.path.endswith("_bias"):
-                return torch.zeros(place.shape, dtype=dtype, device=device)
-            if len(place.shape) == 1:
-                return torch.ones(place.shape, dtype=dtype, device=device)
-            # A leaf's numbers depend on its name only, not on which other leaves are drawn beside it.
-            own = key.fold_in(zlib.crc32(place.path.encode()))
-            return own.normal(place.shape, dtype=dtype, device=device) * self.config.init_std
-
         spec = self.spec(mesh, schedule)
-        return fstep.tree_replace_leaves(spec, [place.cut(draw(place)) for place in fstep.places(spec)])
+        leaves = [place.cut(draw(key, place, self.config.init_std, dtype, device)) for place in fstep.places(spec)]
+        return fstep.tree_replace_leaves(spec, leaves)
 
     @staticmethod
     def load(
@@ -148,6 +140,29 @@ class Dense:
         options: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "extra_files": files}
         return fstep.save_hf(folder, params, self.spec(), mesh=mesh, config=config, **options)
 
+    def stream_weights(
+        self, params: Any, *, mesh: Mesh = Mesh(), dtype: torch.dtype | None = None  # noqa: B008
+    ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+        """Yield ``(Hugging Face name, whole tensor)`` of each parameter, for an engine that generates: `fstep.stream_hf`.
+
+        On a mesh every rank calls it with its own params, goes through to the end and gets every tensor, one at a time, in
+        ``dtype`` (by default its own). A tied head is its embedding, and is not named again.
+        """
+        # Not a generator's loop, which would hold a tensor while the next one is made.
+        return map(partial(fstep.cast, dtype=dtype), fstep.stream_hf(params, self.spec(), mesh=mesh))
+
+    def whole(self, params: Any, *, mesh: Mesh = Mesh(), dtype: torch.dtype | None = None) -> Params:  # noqa: B008
+        """Put the whole params together on every rank from each one's part, as `decode` needs them: collective over all."""
+        return fstep.tree_replace_leaves(self.spec(), [x for _, x in self.stream_weights(params, mesh=mesh, dtype=dtype)])
+
+    def decode(self, params: Params, cache: Cache | None, mb: Packed) -> tuple[Tensor, Cache]:
+        """Return the logits after each document's last token, [documents, vocab], and a cache: for `fstep.generate`.
+
+        Without a cache ``mb`` has the documents so far; with one, the next token of each, at its position. ``params`` are
+        whole (`whole`). The cache is donated: it is written into, and used up. Blocks are not compiled here.
+        """
+        return decode(self, params, cache, mb)
+
     def stage(self, mesh: Mesh = Mesh()) -> Callable[[Params, Tensor | None, Packed], Tensor]:  # noqa: B008
         """Return ``stage_fn(params, x, packed)``: hidden states after the layers that the params have.
 
@@ -161,7 +176,7 @@ class Dense:
             if x is None:
                 x = fstep.tp_embed(mb.tokens, fstep.gather_params(params["embed"]), axis=mesh.tp)
                 x = x if self.dtype is None else x.to(self.dtype)
-            cos, sin = self._tables(mb, x.dtype)
+            cos, sin = tables(self.config.rope, mb, x.dtype)
             alone = self._block if mesh.pp.size == 1 else self._block_in_halves
             run_block = alone if mesh.cp.size == mesh.tp.size == 1 else self._block_on_mesh
 
@@ -176,14 +191,12 @@ class Dense:
 
         return run
 
-    def _tables(self, mb: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        place = torch.arange(len(mb.positions), device=mb.positions.device)
-        cu = mb.cu_seqlens_padded.to(place.dtype)
-        document = torch.searchsorted(cu, place + cu[0], right=True) - 1  # cu[0] is 0: vmap batches both alike
-        lengths = mb.cu_seqlens.diff()[document]
-        return fstep.rope_tables(self.config.rope, mb.positions, lengths=lengths, dtype=dtype)
+    def head(self, params: Params, x: Tensor, *, mesh: Mesh = Mesh()) -> tuple[Tensor, Any]:  # noqa: B008
+        """Return what each product with the vocabulary takes: normed hidden states of the last stage, and the head's weight.
 
-    def _head(self, params: Params, x: Tensor, mesh: Mesh) -> tuple[Tensor, Any]:
+        For a loss of your own, e.g. `fstep.tp_distill_loss`. Over ``mesh.tp`` the hidden states stay a shard of the tokens,
+        and the weight is this rank's rows of the vocabulary.
+        """
         head = params["head"]
         weight = fstep.gather_params(params[head.to] if isinstance(head, Tied) else head)
         norm = fstep.tp_local(fstep.gather_params(params["norm"]), axis=mesh.tp)
@@ -205,7 +218,7 @@ class Dense:
 
         Over ``mesh.tp`` they are replicated; ``tokens`` says then how many there are, which a shard cannot.
         """
-        hidden, weight = self._head(params, x, mesh)
+        hidden, weight = self.head(params, x, mesh=mesh)
         return fstep.tp_head_logits(hidden, weight, axis=mesh.tp, tokens=tokens, temperature=temperature)
 
     @overload
@@ -241,7 +254,7 @@ class Dense:
         """
         check_mesh("logprobs", mesh, self)
         check_row("logprobs", mb, mesh)
-        hidden, weight = self._head(params, x, mesh)
+        hidden, weight = self.head(params, x, mesh=mesh)
         return fstep.tp_token_logprobs(  # type: ignore[call-overload]
             hidden, weight, mb.labels, axis=mesh.tp, temperature=temperature, entropy=entropy
         )
@@ -256,7 +269,7 @@ class Dense:
         """
         check_mesh("logprob_sum", mesh, self)
         check_row("logprob_sum", mb, mesh)
-        hidden, weight = self._head(params, x, mesh)
+        hidden, weight = self.head(params, x, mesh=mesh)
         weights = mb.weights if weights is None else weights
         return fstep.tp_token_logprob_sum(hidden, weight, mb.labels, weights, axis=mesh.tp, temperature=temperature)
 
@@ -280,7 +293,7 @@ class Dense:
 
         def last(params: Params, x: Tensor, mb: Packed) -> Scores:
             check_row("score", mb, mesh)
-            hidden, weight = self._head(params, x, mesh)
+            hidden, weight = self.head(params, x, mesh=mesh)
             return read(hidden, weight, mb, mesh, temperature=temperature, entropy=entropy, top=top)
 
         return fstep.pp_forward(self.stage(mesh), last, params, rows, axis=mesh.pp, schedule=schedule)

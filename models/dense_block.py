@@ -60,16 +60,22 @@ def block(
     mesh: Mesh,
     *,
     pieces: tuple[Callable[..., Any], ...] = (fstep.rms_norm, qkv, mlp),
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Run one decoder layer on this rank's tokens [ceil(T / tp), dim]; attention sees all T of them, of some heads."""
+    """Run one decoder layer on this rank's tokens [ceil(T / tp), dim]; attention sees all T of them, of some heads.
+
+    ``attend(q, k, v)`` stands for attention within the row where there is more to see, or to remember: in a cache.
+    """
     norm, project, feed = pieces
     eps, tokens = model.config.eps, len(cos)
     p = fstep.cast(layer, model.dtype)
     h = fstep.tp_gather(norm(x, p["attn_norm"], eps=eps), axis=mesh.tp, tokens=tokens)
     q, k, v = project(p, h, cos, sin, model, mesh)
-    y = fstep.cp_attention(
-        q, k, v, cu_seqlens, axis=mesh.cp, max_seqlen=max_seqlen, window=window, method=model.context, kernel=model.attention
-    )
+    if attend is None:
+        how: dict[str, Any] = {"method": model.context, "kernel": model.attention}
+        y = fstep.cp_attention(q, k, v, cu_seqlens, axis=mesh.cp, max_seqlen=max_seqlen, window=window, **how)
+    else:
+        y = attend(q, k, v)
     x = x + fstep.tp_row_linear(y.flatten(1), p["o"], p.get("o_bias"), axis=mesh.tp)
     h = fstep.tp_gather(norm(x, p["mlp_norm"], eps=eps), axis=mesh.tp, tokens=tokens)
     return x + fstep.tp_row_linear(feed(p, h, model), p["down"], p.get("down_bias"), axis=mesh.tp)

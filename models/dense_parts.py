@@ -6,15 +6,20 @@
                                                                 norms, o_bias, down_bias           the whole
 
 A tree of `HFTensor` leaves, with the shapes of the whole model, inside the nodes `Shard`, `Copied` and `Stages`. Params are
-drawn, loaded, cut and saved by it.
+drawn, loaded, cut and saved by it. And what a row of a microbatch is to a model: the rotary tables, and what is refused.
 """
 
 from __future__ import annotations
 
+import zlib
 from itertools import pairwise
 from typing import Any
 
-from fstep import Axis, Copied, HFTensor, Mesh, Packed, Schedule, Shard, Stages, Tied, require_single, stage_ranks
+import torch
+from torch import Tensor
+
+import fstep
+from fstep import Axis, Copied, HFTensor, Key, Mesh, Packed, Rope, Schedule, Shard, Stages, Tied, require_single, stage_ranks
 from fstep.mesh.place import even_span
 from fstep.tree import check_type
 from fstep_models.config import ConfigError
@@ -97,6 +102,26 @@ def deal_layers(layers: int, stages: int) -> list[range]:
     small, more = divmod(layers, stages)
     starts = [stage * small + min(stage, more) for stage in range(stages + 1)]
     return [range(a, b) for a, b in pairwise(starts)]
+
+
+def draw(key: Key, place: fstep.Place, std: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Draw a fresh parameter, the whole of it: a weight normal, a norm 1, a bias 0."""
+    if place.path.endswith("_bias"):
+        return torch.zeros(place.shape, dtype=dtype, device=device)
+    if len(place.shape) == 1:
+        return torch.ones(place.shape, dtype=dtype, device=device)
+    # A leaf's numbers depend on its name only, not on which other leaves are drawn beside it.
+    own = key.fold_in(zlib.crc32(place.path.encode()))
+    return own.normal(place.shape, dtype=dtype, device=device) * std
+
+
+def tables(rope: Rope, mb: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Make the rotary tables of a row's tokens."""
+    place = torch.arange(len(mb.positions), device=mb.positions.device)
+    cu = mb.cu_seqlens_padded.to(place.dtype)
+    document = torch.searchsorted(cu, place + cu[0], right=True) - 1  # cu[0] is 0: vmap batches both alike
+    lengths = mb.cu_seqlens.diff()[document]
+    return fstep.rope_tables(rope, mb.positions, lengths=lengths, dtype=dtype)
 
 
 def check_mesh(method: str, mesh: Mesh, model: Any) -> None:

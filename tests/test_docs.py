@@ -3,7 +3,8 @@
 docstrings   every public name has one, with an example; every example of every module prints what it says
 pages        README.md, CONTRIBUTING.md and docs/: ```python blocks run in order, one namespace a page; a ```text block
              that follows directly is what the block printed (``...`` stands for anything); a block under an HTML
-             comment ``<!-- not run: reason -->`` is compiled only
+             comment ``<!-- not run: reason -->`` is compiled only; a page with ``<!-- after: other.md -->`` goes on
+             where the other one ends
 reference    every public name is on a page of docs/reference/
 links        relative links lead to a file that is there, and #anchors to a heading
 """
@@ -224,11 +225,26 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, obje
     return vars(module)
 
 
+def pages_before(page: Path) -> list[Path]:
+    """Return the pages that a page says it runs after."""
+    named = re.findall(r"^<!-- after: (\S+) -->$", page.read_text("utf-8"), re.MULTILINE)
+    return [page.parent / name for name in named]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_page_runs(page: Path, namespace: dict[str, object]) -> None:
-    problem = run_page(page_id(page), page.read_text("utf-8"), namespace)
-    if problem:
-        pytest.fail(problem, pytrace=False)
+    for each in (*pages_before(page), page):
+        problem = run_page(page_id(each), each.read_text("utf-8"), namespace)
+        if problem:
+            pytest.fail(problem, pytrace=False)
+
+
+def test_pages_before_sees(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n<!-- after: other.md -->\n\nwords\n")
+    assert pages_before(page) == [tmp_path / "other.md"]
+    page.write_text("# Page\n\nabout <!-- after: other.md -->, in words\n")
+    assert pages_before(page) == []
 
 
 @pytest.mark.parametrize(

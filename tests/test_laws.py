@@ -305,6 +305,12 @@ ROWS: dict[str, Row] = {
     ),
     "Key": Row("Key", draws),
     "Key.categorical": Row("Key", lambda d: (Key.seed(3).categorical, randn(1, 4, 5, dtype=d)), no_slope="an index"),
+    "sample_tokens": Row(
+        "sample_tokens",
+        lambda d: (lambda x: fstep.sample_tokens(x, Key.seed(3).uniform((4,)), top_p=0.9), randn(1, 4, 5, dtype=d)),
+        dtype=at_least_float32,
+        no_slope="is detached",
+    ),
     # ops
     "embed": Row("embed", lambda d: (lambda w: fstep.embed(torch.tensor([2, 0, 2]), w), randn(1, 3, 4, dtype=d))),
     "linear": Row("linear", lambda d: (fstep.linear, *hidden_and_head(d), randn(3, 6, dtype=d))),
@@ -524,10 +530,11 @@ EXEMPT = {
     "tp_embed tp_gather tp_head_logits tp_local tp_row_linear tp_scatter tp_token_logprobs"
     " tp_distill_loss tp_topk_distill_loss tp_token_logprob_sum tp_token_top_logprobs": "communicate on an axis",
     "token_top_logprobs": "has no gradient",
+    "generate": "runs a model that it is given, without gradients",
     "psum pmax pvary as_partial all_gather reduce_scatter all_to_all ppermute broadcast take_shard":
         "communicate on an axis",
     "Pieces shard_params gather_params scatter_grads unshard_params fold_layers": "communicate on an axis",
-    "cp_shard cp_unshard cp_gather_logprobs cp_attention divide_documents": "take an axis",
+    "cp_shard cp_unshard cp_gather_logprobs cp_attention divide_documents gather_documents": "take an axis",
     "Schedule Action Span ScheduleStats gpipe one_f_one_b interleaved interleaved_zero_bubble zbv dualpipev stage_ranks":
         "tables of actions, without tensors",
     "pytree static": "declare a class",

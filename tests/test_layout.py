@@ -19,7 +19,7 @@ MAX_LINES = 300
 
 # Imports point from right to left. The words at the root (tree, ratio, key, ...) come before every room. State sits
 # left of update: an update takes and returns a state.
-ROOMS = ["mesh", "batch", "ops", "grad", "loss", "state", "update"]
+ROOMS = ["mesh", "batch", "ops", "grad", "loss", "rollout", "state", "update"]
 IMPORT_EVERYTHING = {"fstep/__init__.py", "fstep/testing.py"}
 NEVER_IMPORTED = {"fstep_models", "models", "transformers", "tests", "examples", "benchmarks"}
 

@@ -1,0 +1,1 @@
+"""Rollouts: tokens drawn from a model, as documents to train on."""
