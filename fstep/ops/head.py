@@ -111,6 +111,8 @@ class _Logprobs(Function):
         d_weight = torch.empty_like(weight, dtype=passes.sum_dtype(hidden, weight, len(some))) if want_weight else None
         for at in some:
             n = at.stop - at.start
+            h_at = None if h is None else h[at]
+            kept = passes.without(hidden[at], g[at], h_at) if want_weight else None
             blocks = chunks(0, len(weight), round_size(_step(ctx.part, wide) * len(weight) // max(n, 1)))
             total = d_hidden[at] if d_hidden is not None else hidden[:0]
             if len(blocks) > 1:
@@ -119,14 +121,13 @@ class _Logprobs(Function):
                 block = weight[ids].to(hidden.dtype)
                 d = passes.matrix(n, len(block), hidden, hidden.dtype)
                 here = ctx.part._replace(start=ctx.part.start + ids.start).find(labels[at], len(block))
-                h_at = None if h is None else h[at]
                 passes.differentiate(
                     passes.product(hidden[at], block), here, lse[at], g[at], h_at, entropy[at], ctx.temperature, d
                 )
                 if want_hidden:
                     passes.add_product(total, d, block, first=ids.start == 0)
-                if d_weight is not None:
-                    passes.add_product(d_weight[ids], d.T, hidden[at], first=at.start == 0)
+                if d_weight is not None and kept is not None:
+                    passes.add_product(d_weight[ids], d.T, kept, first=at.start == 0)
                 del d
             if d_hidden is not None and len(blocks) > 1:
                 d_hidden[at] = total
@@ -152,7 +153,7 @@ class _LogprobSum(Function):
         nothing = (None, None, None)
         if torch.is_grad_enabled():  # as in _Logprobs
             given = [x.view_as(x) for x in (hidden, weight, weights)]
-            again, _ = passes.plain(given[0], given[1], labels, ctx.part, ctx.temperature, False)
+            again, _ = passes.plain(given[0], given[1], passes.counted(labels, weights), ctx.part, ctx.temperature, False)
             total = _weighted(again, given[2], labels)
             want = [ctx.want[0], ctx.want[1], ctx.want[3]]
             wanted = [x for x, w in zip(given, want, strict=True) if w]
@@ -204,7 +205,7 @@ def _downhill(
         if d is not None and d_hidden is not None:
             passes.add_product(d_hidden[group], d, rounded, first=True)
         if d is not None and d_weight is not None:
-            passes.add_product(d_weight, d.T, hidden[group], first=group.start == 0)
+            passes.add_product(d_weight, d.T, passes.without(hidden[group], g[group]), first=group.start == 0)
         del d
     return logp, [d_hidden, None if d_weight is None else d_weight.to(weight.dtype)]
 
@@ -216,18 +217,15 @@ def score(
     hidden: Tensor, weight: Tensor, labels: Tensor, part: Part, temperature: float, entropy: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute log probabilities, and the entropy if asked for, from hidden states of all tokens and a part of the head."""
-    if in_transform():
-        logp, ent = passes.plain(hidden, weight, labels, part, temperature, entropy)
-    else:
-        logp, ent, _ = _Logprobs.apply(hidden, weight, labels, part, temperature, entropy)  # type: ignore[no-untyped-call]
+    how: Any = (hidden, weight, labels, part, temperature, entropy)
+    logp, ent = passes.plain(*how) if in_transform() else _Logprobs.apply(*how)[:2]  # type: ignore[no-untyped-call]
     return (logp, ent) if entropy else logp  # type: ignore[return-value]
 
 
 def score_sum(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, part: Part, temperature: float) -> Tensor:
     """Compute the weighted sum of log probabilities likewise."""
     if in_transform() or torch.compiler.is_compiling():
-        logp = score(hidden, weight, labels, part, temperature, False)
-        assert isinstance(logp, Tensor)
+        logp: Any = score(hidden, weight, passes.counted(labels, weights), part, temperature, False)
         return _weighted(logp, weights, labels)
     recording = is_recording(hidden, weight, weights)
     total: Tensor = _LogprobSum.apply(hidden, weight, labels, weights, part, temperature, recording)  # type: ignore[no-untyped-call]

@@ -62,6 +62,7 @@ def plain(
     hidden: Tensor, weight: Tensor, labels: Tensor, part: Part, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return log probability and, if asked for, entropy, of all tokens at once, in operations that have derivatives."""
+    hidden = hidden.masked_fill((labels == IGNORE)[:, None], 0)
     logits = to_logits(hidden, weight, temperature)
     z = logits - pmax(logits.detach().max(-1).values, axis=part.axis)[:, None]
     e = z.exp()
@@ -188,6 +189,16 @@ def differentiate(
     if temperature != 1.0:
         d /= temperature
     out.copy_(d.masked_fill_(dead[:, None], 0))
+
+
+def counted(labels: Tensor, weights: Tensor) -> Tensor:
+    """Return labels with none where the weight is 0."""
+    return torch.where(weights != 0, labels, IGNORE)
+
+
+def without(hidden: Tensor, g: Tensor, h: Tensor | None = None) -> Tensor:
+    """Return hidden states with zeros where nothing is asked for: 0 times what is there would be NaN if it is infinite."""
+    return hidden.masked_fill((g == 0 if h is None else (g == 0) & (h == 0))[:, None], 0)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
