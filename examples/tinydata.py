@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 END = 256  # after the 256 bytes: the end of a document
@@ -45,3 +46,31 @@ def documents() -> tuple[list[list[int]], list[list[float]]]:
         tokens.append(q + a)
         weights.append([0.0] * len(q) + [1.0] * len(a))
     return tokens, weights
+
+
+def preferences() -> list[tuple[str, str, str]]:
+    """Return (question, better answer, worse answer): a sentence to what comes after, a bare word to what comes before."""
+    pairs = []
+    for question, word in questions():
+        sentence = f"The answer is {word}"
+        pairs.append((question, sentence, word) if " after " in question else (question, word, sentence))
+    return pairs
+
+
+def sentences(count: int, *, seed: int) -> list[list[int]]:
+    """Return token ids of sentences drawn by chance: who it is makes some doings likely, and what is done some places."""
+    draw = random.Random(seed)
+    who = "cat dog owl fox bee cow ant hen".split()
+    does = "sleeps runs sings eats hides waits digs jumps".split()
+    where = "in the garden,by the river,under a tree,behind the house,on the roof,near a wall".split(",")
+
+    def pick(of: list[str], first: int) -> int:
+        weights = [1 / (1 + (i - first) % len(of)) ** 1.5 for i in range(len(of))]
+        return draw.choices(range(len(of)), weights)[0]
+
+    found = []
+    for _ in range(count):
+        one = pick(who, 0)
+        two = pick(does, 3 * one)
+        found.append([*encode(f"A {who[one]} {does[two]} {where[pick(where, one + 2 * two)]}."), END])
+    return found
