@@ -37,7 +37,7 @@ def dpo_step(
     parts = fstep.split_microbatches(docs, max_tokens=2048, multiple_of=multiple, axis=mesh.dp, together=together)
     rows = [fstep.to_device(fstep.pack_thd(part, multiple_of=multiple), device) for part in parts]
     scores = model.score(reference, [fstep.cp_shard(row, axis=mesh.cp) for row in rows], mesh=mesh)
-    rows = [replace(row, targets={"reference": s.logprobs}) for row, s in zip(rows, scores, strict=True)]
+    rows = [fstep.with_targets(row, reference=s.logprobs) for row, s in zip(rows, scores, strict=True)]
 
     def loss_fn(params: Any, x: torch.Tensor, mb: fstep.Packed) -> Any:
         logp = model.logprobs(params, x, mb, mesh=mesh)

@@ -39,12 +39,12 @@ def grpo_step(
     reward, prompt = docs.per_document["reward"], docs.per_document["prompt"]
     spread = {"reward": reward, "advantage": fstep.group_advantages(reward, prompt)}
     known = {name: fstep.spread_documents(x, docs) for name, x in spread.items()} | {"each": fstep.document_weights(docs)}
-    docs, multiple = replace(docs, targets={**docs.targets, **known}), 2 * mesh.cp.size
+    docs, multiple = fstep.with_targets(docs, **known), 2 * mesh.cp.size
     parts = fstep.split_microbatches(docs, max_tokens=4096, multiple_of=multiple, axis=mesh.dp)
     rows = [fstep.cp_shard(fstep.pack_thd(part, multiple_of=multiple), axis=mesh.cp) for part in parts]
     stage, score = model.stage(mesh), partial(model.logprobs, mesh=mesh)
     old = fstep.pp_forward(stage, score, state.params, rows, axis=mesh.pp)
-    rows = [replace(row, targets={**row.targets, "old": logprobs}) for row, logprobs in zip(rows, old, strict=True)]
+    rows = [fstep.with_targets(row, old=logprobs) for row, logprobs in zip(rows, old, strict=True)]
 
     def loss_fn(params: Any, x: torch.Tensor, mb: fstep.Packed) -> Any:
         t, logprobs = mb.targets, score(params, x, mb)

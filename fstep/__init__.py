@@ -5,7 +5,7 @@ from fstep.batch.loader import DataPosition, draw_documents
 from fstep.batch.make import make_docs
 from fstep.batch.microbatch import divide_documents, split_microbatches
 from fstep.batch.pack import pack_thd, split_documents, unpack_thd
-from fstep.batch.packed import Packed
+from fstep.batch.packed import Packed, with_targets
 from fstep.batch.plan import plan_balanced, plan_first_fit
 from fstep.grad.autodiff import split_trainable, value_and_grad, vjp
 from fstep.grad.by_name import stage_ranks
@@ -249,6 +249,7 @@ __all__ = [
     "warmup_linear",
     "weigh",
     "whiten",
+    "with_targets",
     "wsd",
     "zbv",
 ]

@@ -12,14 +12,18 @@ cu_seqlens_padded  0 4 8         where it starts in this row
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fstep.batch.batch import cut
-from fstep.tree import pytree, static
+from fstep.batch.batch import Docs, cut
+from fstep.tree import check_type, pytree, static
 
 IGNORE = -100  # the label of a place that predicts nothing, by the convention of torch's cross_entropy
+
+
+B = TypeVar("B", Docs, "Packed")
 
 
 @pytree
@@ -50,3 +54,25 @@ class Packed:
     per_document: dict[str, Tensor] = cut("document")
     shared: dict[str, Any] = cut("none")
     parts: int = static(default=1)
+
+
+def with_targets(batch: B, /, **values: Tensor) -> B:
+    """Return `Docs` or a `Packed` row with more ``targets``: numbers about predicting each token, or each label.
+
+    What has one of these names is replaced. Raises TypeError for another batch or a value that is no tensor, ValueError for
+    one that has not one entry a token.
+
+    >>> import torch, fstep
+    >>> docs = fstep.with_targets(fstep.make_docs([[5, 6], [7]]), advantage=torch.tensor([0.0, 2.0, 0.0]))
+    >>> fstep.pack_thd(docs).targets  # beside the label it is about
+    {'advantage': tensor([2., 0., 0.])}
+    """
+    check_type("with_targets", "batch", batch, (Docs, Packed), "what make_docs or pack_thd returns")
+    for name, value in values.items():
+        check_type("with_targets", name, value, Tensor, "a tensor with one entry a token")
+        if value.shape[:1] != batch.tokens.shape:
+            raise ValueError(
+                f"with_targets: {name} has shape {tuple(value.shape)} and the batch {len(batch.tokens)} tokens; give one "
+                "entry for each"
+            )
+    return dataclasses.replace(batch, targets={**batch.targets, **values})

@@ -243,3 +243,31 @@ def test_cost_does_not_grow_with_python_loops_over_tokens() -> None:
         fstep.unpack_thd(packed)
     assert len(packed.tokens) == 20_000 * 64
     assert calls < 200
+
+
+def test_with_targets_adds_and_replaces_and_changes_nothing() -> None:
+    docs = fstep.make_docs([[1, 2, 3], [4, 5]], targets={"old": [[0.0, 1.0, 2.0], [0.0, 3.0]]})
+    new = torch.arange(10.0).view(5, 2)
+    found = fstep.with_targets(docs, new=new, batch=new[:, 0])
+    assert found.targets["new"] is new and found.targets["batch"].equal(new[:, 0])
+    assert found.targets["old"].equal(docs.targets["old"]) and list(docs.targets) == ["old"]
+    assert found.tokens is docs.tokens
+    row = fstep.pack_thd(found, multiple_of=4)
+    assert row.targets["new"][0].equal(new[1])  # about the label there, token 2
+    again = fstep.with_targets(row, old=-row.targets["old"])
+    assert fstep.unpack_thd(again).targets["old"].equal(-docs.targets["old"])
+    assert fstep.unpack_thd(again).targets["new"].equal(new * torch.tensor([0, 1, 1, 0, 1])[:, None])
+
+
+def test_with_targets_names_what_does_not_fit() -> None:
+    docs = fstep.make_docs([[1, 2, 3]])
+    with pytest.raises(
+        ValueError, match=r"with_targets: x has shape \(2,\) and the batch 3 tokens; give one"
+    ):
+        fstep.with_targets(docs, x=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"x has shape \(\) and the batch 3 tokens"):
+        fstep.with_targets(docs, x=torch.tensor(1.0))
+    with pytest.raises(TypeError, match="with_targets: x is a list; pass a tensor"):
+        fstep.with_targets(docs, x=[1.0, 2.0, 3.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="with_targets: batch is a dict; pass what"):
+        fstep.with_targets({}, x=torch.zeros(3))  # type: ignore[type-var]
