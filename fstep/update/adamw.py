@@ -88,14 +88,14 @@ class AdamW:
     def init(self, params: Any, *, trainable: Predicate | None = None) -> AdamWState:
         """Return zero moments for the leaves whose path ``trainable`` chooses (all by default), in the params' dtype.
 
-        Raises `TypeError` for a chosen leaf that is not floating-point, `ValueError` if there is nothing to train.
+        Raises `TypeError` for a chosen leaf that is not floating-point, `ValueError` for params without leaves.
 
         >>> import torch, fstep
         >>> int(fstep.adamw.init({"w": torch.ones(2)}).count)
         0
         """
         chosen = select("adamw.init", params, trainable)
-        return adamw_zeros(chosen, tree_leaves(chosen)[0].device)
+        return adamw_zeros(chosen, tree_leaves(params)[0].device)
 
     def update(
         self, state: TrainState, grads: Any, *, lr: float | Tensor, skip: Tensor | None = None, donate: bool = False

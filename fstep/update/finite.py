@@ -22,7 +22,7 @@ def to_skip(function: str, skip: Any, grads: Sequence[Tensor], recording: bool) 
         raise TypeError(f"{function}: skip is {skip!r}; pass a 0-d tensor, e.g. metrics['nonfinite'] of finalize_grads")
     if skip.ndim:
         raise ValueError(f"{function}: skip has shape {tuple(skip.shape)}; pass a 0-d tensor, e.g. skip.any()")
-    return skip.detach().to(grads[0].device, torch.bool)
+    return skip.detach().to(grads[0].device if grads else skip.device, torch.bool)
 
 
 def leaf_norms(leaves: Sequence[Tensor], order: float, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -45,6 +45,8 @@ def leaf_norms(leaves: Sequence[Tensor], order: float, *, dtype: torch.dtype | N
 
 def any_nonfinite(grads: Sequence[Tensor], recording: bool) -> Tensor:
     """Return a 0-d bool tensor on the gradients' device: is any element infinite or NaN?"""
+    if not grads:
+        return torch.tensor(False)
     if recording:
         return ~torch.stack([g.detach().isfinite().all().to(grads[0].device) for g in grads]).all()
     # A leaf is finite exactly if its largest magnitude is, or its least and its largest element.

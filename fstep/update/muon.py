@@ -125,7 +125,7 @@ class Muon:
     def init(self, params: Any, *, trainable: Predicate | None = None) -> MuonState:
         """Return zero momentum for what ``matrices`` chooses of the trained leaves, and `AdamW.init` of the others.
 
-        Raises `TypeError` for a trained leaf that is not floating-point, `ValueError` if there is nothing to train or
+        Raises `TypeError` for a trained leaf that is not floating-point, `ValueError` for params without leaves or if
         ``matrices`` chooses a leaf that is neither a matrix nor a stack of them, or of which this rank holds only a part.
 
         >>> import torch, fstep
@@ -155,7 +155,7 @@ class Muon:
         others = tree_map(lambda leaf, is_hidden: None if is_hidden else leaf, chosen, hidden)
         return MuonState(
             momentum=tree_map(lambda leaf, is_hidden: torch.zeros_like(leaf) if is_hidden else None, chosen, hidden),
-            rest=adamw_zeros(others, tree_leaves(chosen)[0].device),
+            rest=adamw_zeros(others, tree_leaves(params)[0].device),
         )
 
     def update(

@@ -72,7 +72,10 @@ def require(ok: bool, message: str) -> None:
 
 
 def select(function: str, params: Any, trainable: Predicate | None) -> Any:
-    """Return the params with ``None`` in place of every frozen leaf, or say which leaf cannot be trained."""
+    """Return the params with ``None`` in place of every frozen leaf, or say which leaf cannot be trained.
+
+    All may be frozen: a pipeline has such stages. Where there is but one, `value_and_grad` refuses to differentiate nothing.
+    """
     paths, leaves = tree_paths(params), tree_leaves(params)
     require(bool(leaves), f"{function}: params has no leaves; pass a tree with at least one tensor")
     for path, leaf in zip(paths, leaves, strict=True):
@@ -82,7 +85,7 @@ def select(function: str, params: Any, trainable: Predicate | None) -> Any:
                 f"{function}: leaf {path!r} is {kind} and cannot be trained; "
                 f"freeze it, e.g. trainable=lambda path: path != {path!r}"
             )
-    return split_trainable(params, trainable)[0]
+    return split_trainable(params, trainable, none_is_fine=trainable is not None)[0]
 
 
 def check_lr(function: str, lr: float | Tensor) -> None:
@@ -123,7 +126,6 @@ def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[R
             rows.append(None)
         else:
             raise ValueError(_misfit(function, tree_paths(state.params)[len(rows)], param, grad, memory))
-    require(number > 0, f"{function}: no leaf has a gradient; call init with a trainable= that chooses some")
     return rows
 
 

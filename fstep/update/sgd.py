@@ -78,7 +78,7 @@ class SGD:
     def init(self, params: Any, *, trainable: Predicate | None = None) -> SGDState:
         """Return zero buffers for the leaves whose path ``trainable`` chooses (all by default).
 
-        Raises `TypeError` for a chosen leaf that is not floating-point, `ValueError` if there is nothing to train.
+        Raises `TypeError` for a chosen leaf that is not floating-point, `ValueError` for params without leaves.
 
         >>> import torch, fstep
         >>> fstep.SGD(momentum=0.9).init({"w": torch.ones(3)})

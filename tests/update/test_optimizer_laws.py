@@ -342,8 +342,49 @@ def test_bad_params(opt: Any) -> None:
         opt.init({"flag": torch.ones(2).bool(), "w": torch.ones(1)}, trainable=lambda path: path == "flag")
     with pytest.raises(ValueError, match="params has no leaves"):
         opt.init({"w": None})
-    with pytest.raises(ValueError, match="none of the 1 leaves is trainable"):
-        opt.init({"w": torch.ones(1)}, trainable=lambda path: False)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_stage_that_is_frozen_counts_its_steps(opt: Any, donate: bool) -> None:
+    """Its rank of a pipeline has nothing to train, and goes along."""
+    params = {"w": torch.ones(2, 2), "n": torch.arange(2)}
+    state = init_state(params, opt, trainable=lambda path: False)
+    nothing = {"w": None, "n": None}
+    state = opt.update(state, nothing, lr=0.1, donate=donate)
+    state = opt.update(state, nothing, lr=0.1, skip=torch.tensor(1.0), donate=donate)
+    assert (int(state.step), int(state.skipped)) == (2, 1)
+    assert state.params["w"].equal(torch.ones(2, 2)) and state.params["n"].equal(torch.arange(2))
+
+
+def test_a_pipeline_with_a_frozen_stage_steps_as_one_process(opt: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = {i: torch.randn(3, 3, generator=generator, dtype=torch.float64) for i in range(2)}
+    x = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+
+    def stage(params: Any, h: Any, mb: torch.Tensor) -> torch.Tensor:
+        h = mb if h is None else h
+        for i in sorted(params["layers"]):
+            h = (h @ params["layers"][i]).tanh()
+        return h
+
+    def loss(params: Any, h: torch.Tensor, mb: torch.Tensor) -> fstep.Ratio:
+        return fstep.Ratio(h.square().sum(), torch.tensor(5.0, dtype=torch.float64))
+
+    def step(mesh: fstep.Mesh) -> Any:
+        mine = whole if mesh.pp.size == 1 else {mesh.pp.rank: whole[mesh.pp.rank]}
+        only = {"trainable": lambda path: path == "layers.1"}
+        state = init_state({"layers": mine}, opt, **only)
+        total, grads = fstep.pp_forward_backward(stage, loss, state.params, list(x), axis=mesh.pp, **only)
+        grads, metrics = fstep.finalize_grads(grads, total, mesh=mesh, max_norm=0.1)
+        new = opt.update(state, grads, lr=0.1, skip=metrics["nonfinite"])
+        return new.params["layers"], metrics, int(new.step)
+
+    (want, metrics, _), ranks = step(fstep.Mesh()), fstep.simulate(step, pp=2)
+    assert not want[1].equal(whole[1])
+    for rank, (layers, found, count) in enumerate(ranks):
+        torch.testing.assert_close(layers[rank], want[rank], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found["grad_norm"], metrics["grad_norm"], rtol=1e-12, atol=0)
+        assert count == 1
 
 
 def test_state_of_another_optimizer_is_refused() -> None:
