@@ -72,10 +72,9 @@ def agreement(params: Any, teacher_params: Any, docs: fstep.Docs, at: tiny.Place
 def train(a: Any, seed: int, at: tiny.Place, log: Callable[[Row], None]) -> None:
     """Train a teacher, a student that it teaches and one that has labels alone; say what came of it."""
     key, lesson = fstep.Key.seed(seed), dict[str, Any](lr=0.0, teacher=TEACHER, student=STUDENT, **vars(at))
-    many, few, unseen = (
-        fstep.make_docs(sentences(count, seed=3 * seed + i), vocab_size=VOCAB)
-        for i, count in enumerate((4096, a.sentences, 64))
-    )
+    texts = [sentences(count, seed=3 * seed + i) for i, count in enumerate((4096, a.sentences, 256))]
+    texts[2] = [ids for i, ids in enumerate(texts[2]) if ids not in texts[1] + texts[2][:i]][:64]  # held out, and each once
+    many, few, unseen = (fstep.make_docs(ids, vocab_size=VOCAB) for ids in texts)
     first = TEACHER.init(key.fold_in(0), mesh=at.mesh, device=at.device)
     teacher = tiny.learn(
         TEACHER, first, many, steps=a.teacher_steps, peak=5e-3, key=key.fold_in(1), at=at, what=f"seed {seed}: the teacher"

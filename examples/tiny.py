@@ -100,6 +100,8 @@ def run(
     A row has a "step" and a "method", which gives its line a colour.
     """
     a = p.parse_args()
+    if len(set(a.seeds)) < len(a.seeds):
+        p.error(f"argument --seeds: {a.seeds} has one twice")
     metrics, rows = a.out / "metrics.jsonl", list[Row]()
     with contextlib.ExitStack() as stack:
         try:
@@ -109,7 +111,8 @@ def run(
             for model in models:
                 model.spec(mesh)  # says now what cannot be cut so
             if mesh.rank == 0:
-                a.out.mkdir(parents=True, exist_ok=True)
+                for folder in (a.out, (a.picture or a.out / "curves.png").parent):
+                    folder.mkdir(parents=True, exist_ok=True)
                 metrics.write_text("")
         except (ValueError, RuntimeError, AssertionError, OSError) as problem:
             sys.exit(f"{p.prog}: {problem}")

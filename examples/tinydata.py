@@ -34,8 +34,7 @@ def encode(text: str) -> list[int]:
 def decode(ids: list[int]) -> str:
     """Return the text of byte ids up to the end of the document."""
     ids = ids[: ids.index(END)] if END in ids else ids
-    text = bytes(i for i in ids if i < 256).decode("latin-1")
-    return "".join(c if c.isprintable() else "·" for c in text)
+    return "".join(chr(i) if i < 256 and chr(i).isprintable() else "·" for i in ids)
 
 
 def documents() -> tuple[list[list[int]], list[list[float]]]:

@@ -152,7 +152,7 @@ class Dense:
         return map(partial(fstep.cast, dtype=dtype), fstep.stream_hf(params, self.spec(), mesh=mesh))
 
     def whole(self, params: Any, *, mesh: Mesh = Mesh(), dtype: torch.dtype | None = None) -> Params:  # noqa: B008
-        """Put the whole params together on every rank from each one's part, as `decode` needs them: collective over all."""
+        """Make whole params of every rank's parts, for `decode`: collective over all. What is whole here is not copied."""
         return fstep.tree_replace_leaves(self.spec(), [x for _, x in self.stream_weights(params, mesh=mesh, dtype=dtype)])
 
     def decode(self, params: Params, cache: Cache | None, mb: Packed) -> tuple[Tensor, Cache]:

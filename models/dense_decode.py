@@ -38,10 +38,12 @@ BLOCK = 128
 class Cache:
     """What `Dense.decode` remembers: keys and values by layer, [documents, capacity, kv_heads, head_dim] each.
 
-    ``longest`` is how many places the longest document has, which the host knows without asking the device.
+    ``lengths`` are the documents' so far; ``longest`` is the largest, or more, which the host knows without asking the
+    device.
     """
 
     layers: dict[int, tuple[Tensor, Tensor]]
+    lengths: Tensor
     longest: int = fstep.static()
 
 
@@ -54,16 +56,16 @@ def decode(model: Any, params: Params, cache: Cache | None, mb: Packed) -> tuple
     cos, sin = fstep.rope_tables(model.config.rope, mb.positions, lengths=mb.positions, dtype=x.dtype)
     layers: dict[int, tuple[Tensor, Tensor]] = {}
     if cache is None:
-        longest, attend = mb.max_seqlen, _prefill(model, mb, layers)
+        lengths, longest, attend = mb.cu_seqlens.diff(), mb.max_seqlen, _prefill(model, mb, layers)
     else:
-        longest = cache.longest + 1
+        lengths, longest = cache.lengths + 1, cache.longest + 1
         attend = _step(mb.positions, longest, cache.layers, layers)
-    for i, layer in params["layers"].items():
+    for i in sorted(params["layers"]):
         window = model.config.windows[i]
         see = partial(attend, i, window)
-        x = block(layer, x, cos, sin, mb.cu_seqlens_padded, mb.max_seqlen, window, model, Mesh(), attend=see)
+        x = block(params["layers"][i], x, cos, sin, mb.cu_seqlens_padded, mb.max_seqlen, window, model, Mesh(), attend=see)
     last = mb.cu_seqlens_padded[:-1] + mb.cu_seqlens.diff() - 1
-    return model.logits(params, x[last.long()]), Cache(layers, longest)
+    return model.logits(params, x[last.long()]), Cache(layers, lengths, longest)
 
 
 def _prefill(model: Dense, mb: Packed, layers: dict[int, tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
@@ -119,6 +121,12 @@ def _check(model: Dense, params: Params, cache: Cache | None, mb: Packed) -> Non
             raise ValueError(
                 f"Dense.decode: {len(mb.tokens)} tokens in {len(mb.cu_seqlens) - 1} documents, and the cache has {rows}; "
                 "pass one token a document, or all of them without a cache"
+            )
+        # To look on a GPU would be to wait for it.
+        if mb.positions.device.type == "cpu" and mb.positions.ne(cache.lengths).any():
+            raise ValueError(
+                f"Dense.decode: the next tokens stand at positions {mb.positions[:6].tolist()}, and their documents have "
+                f"{cache.lengths[:6].tolist()} tokens so far; a token's position is the number of those before it"
             )
         return
     if model.config.rope.kind == "dynamic":

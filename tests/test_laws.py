@@ -295,9 +295,7 @@ ROWS: dict[str, Row] = {
         "pack_thd unpack_thd", lambda d: (lambda b: fstep.unpack_thd(fstep.pack_thd(b, multiple_of=3)), docs(d)), like=0
     ),
     "split_documents": Row("split_documents", split_at),
-    "with_targets": Row(
-        "with_targets", lambda d: (lambda b, x: fstep.with_targets(b, x=x), docs(d), randn(3, 11, dtype=d))
-    ),
+    "with_targets": Row("with_targets", lambda d: (lambda b, x: fstep.with_targets(b, x=x), docs(d), randn(3, 11, dtype=d))),
     "plans": Row(
         "plan_first_fit plan_balanced",
         lambda d: (lambda n: (fstep.plan_first_fit(n, 9), fstep.plan_balanced(n, 2)), torch.tensor([3, 7, 5, 2])),

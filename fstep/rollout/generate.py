@@ -15,7 +15,6 @@ Of the model it knows `decode` only: `fstep_models.dense.Dense.decode`, or yours
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from fstep.batch.pack import pack_thd
 from fstep.batch.packed import IGNORE, Packed
 from fstep.key import Key
 from fstep.rollout.sample import check_sampling, sample_tokens
-from fstep.tree import check_callable, check_type, to_device, tree_leaves, tree_map
+from fstep.tree import check_callable, check_type, to_device, tree_leaves, tree_map, tree_paths
 
 Decode = Callable[[Any, Any, Packed], tuple[Tensor, Any]]
 
@@ -70,12 +69,12 @@ def generate(
       ``"finished"`` (whether it ended with a stop token);
     - ``index``: ``samples * prompt + sample``. Which is 0, 1, ... if the prompts' is.
 
-    Nothing is communicated: each rank answers its own prompts. On the CPU finished rows are dropped at once when they are
-    half of all, on a GPU every few tokens.
+    Nothing is communicated: each rank answers its own prompts, and one that has none asks ``decode`` about a single token,
+    for the dtype. On the CPU finished rows are dropped at once when they are half of all, on a GPU every few tokens.
 
     Raises ValueError for prompts that are empty, have one index twice, or values for each token, which answers have not;
-    for options out of range, and for logits that make no distribution (NaN, or all -inf); TypeError for stop tokens that are
-    no ids.
+    for options out of range, for logits or a cache without a row for each document, and for logits that make no distribution
+    (NaN, or all -inf); TypeError for stop tokens that are no ids.
 
     >>> import torch, fstep
     >>> def decode(params, cache, mb):  # a model that sees one token: after n comes n + 1
@@ -94,19 +93,20 @@ def generate(
     sample = torch.arange(samples, device=prompt.device).repeat(len(prompts.index))
     answers = _Answers(prompts, prompt, prompts.index[prompt] * samples + sample)
     if not len(prompt):
-        # On a rank that has no prompts there are no logits to tell the dtype.
-        kinds = [x.dtype for x in tree_leaves(params) if isinstance(x, Tensor) and x.is_floating_point()]
-        wide = functools.reduce(torch.promote_types, kinds, torch.float32)
+        # A rank that has no prompts asks the model what dtype the other ranks get.
+        logits, _ = decode(params, None, pack_thd(_one(prompts)))
+        wide = torch.promote_types(logits.dtype, torch.float32)
         return answers.documents([], torch.zeros_like(prompt), torch.zeros_like(prompt, dtype=torch.bool), wide)
     here = to_device(key, prompt.device)
     keys = torch.func.vmap(lambda i, s: here.fold_in(i).fold_in(s))(prompts.index[prompt], sample)
-    ends = torch.tensor(list(stop), dtype=torch.int64, device=prompt.device)
+    ends = torch.tensor([operator.index(x) for x in stop], dtype=torch.int64, device=prompt.device)
     every = _every(prompt.device)
 
     rows = torch.arange(len(prompt), device=prompt.device)  # the answers that go on, and some that are done
     counts, done = torch.zeros_like(prompt), torch.zeros_like(prompt, dtype=torch.bool)
     broken, drawn = torch.zeros_like(done), []
     logits, cache = decode(params, None, pack_thd(prompts))
+    _check_decoded(logits, cache, len(prompts.index))
     logits, cache = tree_map(lambda x: x if samples == 1 else x[prompt], (logits, cache))
     for n in range(most):
         if n % BLOCK == 0:
@@ -177,11 +177,11 @@ class _Answers:
         logprobs = old.weights.new_zeros(len(document), dtype=drawn[0][2].dtype if drawn else wide)
         if drawn:
             shape = len(prompt), len(drawn)
-            table, scores = tokens.new_zeros(shape), logprobs.new_zeros(shape)
+            table, scores = drawn[0][1].new_zeros(shape), logprobs.new_zeros(shape)
             for n, (rows, ids, found) in enumerate(drawn):
                 table[rows, n], scores[rows, n] = ids, found
             at = document[ours], (place - before[document])[ours]
-            tokens[ours], logprobs[ours] = table[at], scores[at]
+            tokens[ours], logprobs[ours] = table[at].to(tokens.dtype), scores[at]
         per_document = tree_map(lambda x: x[prompt.to(x.device)], old.per_document)
         return Docs(
             tokens=tokens,
@@ -193,6 +193,18 @@ class _Answers:
             per_document={**per_document, "prompt": old.index[prompt], "finished": done},
             shared=old.shared,
         )
+
+
+def _one(prompts: Docs) -> Docs:
+    """Make a prompt of one token, with the fields of these."""
+    return dataclasses.replace(
+        prompts,
+        tokens=prompts.tokens.new_zeros(1),
+        weights=prompts.weights.new_zeros(1),
+        lengths=prompts.lengths.new_ones(1),
+        index=prompts.index.new_zeros(1),
+        per_document=tree_map(lambda x: x.new_zeros((1, *x.shape[1:])), prompts.per_document),
+    )
 
 
 def _every(device: torch.device) -> int:
@@ -218,7 +230,7 @@ def _check(decode: Decode, prompts: Docs, key: Key, most: int, stop: Sequence[in
             raise ValueError(f"generate: {name} is {number}; pass 1 or more")
     if isinstance(stop, str) or not isinstance(stop, Sequence):
         raise TypeError(f"generate: stop is {stop!r}; pass a sequence of token ids, e.g. [tokenizer.eos_token_id]")
-    if wrong := [x for x in stop if not isinstance(x, int) or isinstance(x, bool)]:
+    if wrong := [x for x in stop if not hasattr(x, "__index__") or isinstance(x, bool | Tensor)]:
         raise TypeError(f"generate: stop has {wrong[0]!r}; pass token ids, whole numbers")
     if len(prompts.lengths) and int(prompts.lengths.min()) < 1:
         raise ValueError(f"generate: prompt {int(prompts.lengths.argmin())} is empty; give it a token to begin with")
@@ -236,3 +248,19 @@ def _check(decode: Decode, prompts: Docs, key: Key, most: int, stop: Sequence[in
     for name in ("prompt", "finished"):
         if name in prompts.per_document:
             raise ValueError(f"generate: prompts have per_document[{name!r}], which is a result; give it another name")
+
+
+def _check_decoded(logits: Tensor, cache: Any, documents: int) -> None:
+    """Refuse what has no row for each document: repeating it for samples would take other rows, and say nothing."""
+    if logits.dim() != 2 or len(logits) != documents:
+        raise ValueError(
+            f"generate: decode returned logits {tuple(logits.shape)} for {documents} documents; return [documents, vocab], "
+            "what may follow each document's last token"
+        )
+    for path, x in zip(tree_paths(cache), tree_leaves(cache), strict=True):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else ()
+        if shape[:1] != (documents,):
+            raise ValueError(
+                f"generate: decode returned a cache with {path or 'a leaf'} of shape {shape} for {documents} documents; "
+                "give each of its tensors a row for each document, along the first dimension"
+            )

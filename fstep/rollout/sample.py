@@ -75,7 +75,8 @@ def _sample(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[Tensor, Tensor]:
     # In float64 the sum of a large vocabulary's probabilities is exact enough to be compared with a number.
-    scaled = logits.to(torch.float64) / (temperature or 1)
+    logits = logits.to(torch.float64)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / (temperature or 1)  # a tiny temperature would overflow
     ids = _draw(_keep(scaled.softmax(-1), top_k, top_p), uniform) if temperature else scaled.argmax(-1)
     return ids, scaled.gather(-1, ids[:, None])[:, 0] - scaled.logsumexp(-1)
 

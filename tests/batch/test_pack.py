@@ -261,9 +261,7 @@ def test_with_targets_adds_and_replaces_and_changes_nothing() -> None:
 
 def test_with_targets_names_what_does_not_fit() -> None:
     docs = fstep.make_docs([[1, 2, 3]])
-    with pytest.raises(
-        ValueError, match=r"with_targets: x has shape \(2,\) and the batch 3 tokens; give one"
-    ):
+    with pytest.raises(ValueError, match=r"with_targets: x has shape \(2,\) and the batch 3 tokens; give one"):
         fstep.with_targets(docs, x=torch.zeros(2))
     with pytest.raises(ValueError, match=r"x has shape \(\) and the batch 3 tokens"):
         fstep.with_targets(docs, x=torch.tensor(1.0))

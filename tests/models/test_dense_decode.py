@@ -126,7 +126,7 @@ def test_half_precision_is_computed_as_in_training() -> None:
     params = fstep.cast(params_of(model), torch.float32)
     docs = fstep.generate(model.decode, params, fstep.make_docs(PROMPTS), KEY, most=12, samples=2)
     _, cache = model.decode(params, None, fstep.pack_thd(fstep.make_docs(PROMPTS)))
-    assert {x.dtype for x in fstep.tree_leaves(cache)} == {torch.bfloat16}
+    assert {x.dtype for x in fstep.tree_leaves(cache.layers)} == {torch.bfloat16}
     mb = fstep.pack_thd(docs)
     scored = model.logprobs(params, model.stage()(params, None, mb), mb)
     assert scored.dtype == docs.targets["generator"].dtype == torch.float32
@@ -146,6 +146,13 @@ def test_who_is_beside_it_does_not_change_a_documents_tokens() -> None:
     torch.testing.assert_close(part.targets["generator"], same.targets["generator"], rtol=1e-10, atol=1e-12)
 
 
+def test_layers_run_in_the_order_of_their_numbers() -> None:
+    model = Dense(Config.from_hf(CONFIGS["llama"]))
+    params, row = params_of(model), fstep.pack_thd(fstep.make_docs(PROMPTS))
+    turned = {**params, "layers": dict(reversed(params["layers"].items()))}
+    assert torch.equal(model.decode(params, None, row)[0], model.decode(turned, None, row)[0])
+
+
 def test_params_and_prompts_stay_as_they_are() -> None:
     model = Dense(Config.from_hf(CONFIGS["qwen3"]))
     params = fstep.tree_map(lambda x: x.requires_grad_(), params_of(model))
@@ -160,20 +167,19 @@ def test_a_cache_that_grows_never_stands_beside_a_second_one() -> None:
     model = Dense(Config.from_hf(CONFIGS["llama"]))
     params = params_of(model)
     _, cache = model.decode(params, None, fstep.pack_thd(fstep.make_docs(PROMPTS)))
-    assert cache.longest == 8 and {x.shape for x in fstep.tree_leaves(cache)} == {(4, 12, 2, 8)}
+    assert cache.longest == 8 and {x.shape for x in fstep.tree_leaves(cache.layers)} == {(4, 12, 2, 8)}
     alive: list[int] = []
-    old = [weakref.ref(x) for x in fstep.tree_leaves(cache)]
+    old = [weakref.ref(x) for x in fstep.tree_leaves(cache.layers)]
 
     class Watch(dict):
-        def items(self) -> Any:
-            for item in super().items():
-                alive.append(sum(ref() is not None for ref in old))
-                yield item
+        def __getitem__(self, i: int) -> Any:
+            alive.append(sum(ref() is not None for ref in old))
+            return super().__getitem__(i)
 
     watched = {**params, "layers": Watch(params["layers"])}
     for n in range(5):
         _, cache = model.decode(watched, cache, one_token(torch.tensor([1, 2, 3, 4]), torch.tensor([8, 1, 3, 2]) + n))
-    assert {x.shape for x in fstep.tree_leaves(cache)} == {(4, 16, 2, 8)}
+    assert {x.shape for x in fstep.tree_leaves(cache.layers)} == {(4, 16, 2, 8)}
     assert alive == [6] * 12 + [6, 4, 2]  # while a layer grows, those done are gone
 
 
@@ -190,6 +196,9 @@ def test_what_is_refused() -> None:
     model.decode(params, cache, step)
     with pytest.raises(ValueError, match="the cache was used up by an earlier call; pass the one that this call returned"):
         model.decode(params, cache, step)
+    _, cache = model.decode(params, None, row)
+    with pytest.raises(ValueError, match=r"at positions \[8, 1, 4, 2\], and their documents have \[8, 1, 3, 2\] tokens"):
+        model.decode(params, cache, one_token(torch.tensor([1, 2, 3, 4]), torch.tensor([8, 1, 4, 2])))
     dynamic = Dense(Config.from_hf(LlamaConfig(**{**TINY, "max_position_embeddings": 8}, rope_parameters=ROPES["dynamic"])))
     with pytest.raises(ConfigError, match="rope kind 'dynamic' turns all keys"):
         dynamic.decode(params_of(dynamic), None, row)

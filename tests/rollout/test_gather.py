@@ -60,7 +60,38 @@ def test_it_is_over_the_axis_that_is_given() -> None:
         fstep.testing.assert_trees_close(everyone, docs, rtol=0)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_documents_come_in_the_order_of_their_index_on_any_mesh(size: int) -> None:
+    docs, drawn = batch(7), [5, 0, 3, 6]
+
+    def f(mesh: Mesh) -> Pictures:
+        mine = fstep.divide_documents(fstep.select_documents(docs, drawn), axis=mesh.dp)
+        return fstep.gather_documents(mine, axis=mesh.dp)
+
+    for everyone in fstep.simulate(f, dp=size):
+        fstep.testing.assert_trees_close(everyone, fstep.select_documents(docs, sorted(drawn)), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"b": torch.ones(1)}, {}, {"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1, 2)}, {"a": torch.tensor([1])}],
+)
+def test_fields_that_differ_between_ranks_are_refused_on_all(other: dict[str, Tensor]) -> None:
+    def f(mesh: Mesh) -> None:
+        per_document = other if mesh.dp.rank == 1 else {"a": torch.ones(1)}
+        mine = fstep.make_docs([[1]], per_document=per_document)
+        with pytest.raises(
+            ValueError, match=r"rank 1 of the axis has other fields than rank 0, .*lengths torch.int64 \[n\]"
+        ):
+            fstep.gather_documents(mine, axis=mesh.dp)
+
+    fstep.simulate(f, dp=3)
+
+
 def test_errors() -> None:
+    row = fstep.pack_thd(fstep.make_docs([[1, 2]]))
+    with pytest.raises(TypeError, match=r"Packed\.tokens is cut along 'token', which no field counts; pass documents"):
+        fstep.simulate(lambda mesh: fstep.gather_documents(row, axis=mesh.dp), dp=2)
     with pytest.raises(TypeError, match="gather_documents: axis"):
         fstep.gather_documents(batch(2), axis="dp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gather_documents: weights has 1 entries and the batch 6 tokens"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -143,10 +144,41 @@ def test_a_rank_without_prompts_gets_documents_of_the_same_fields() -> None:
     assert fstep.tree_paths(none) == fstep.tree_paths(some) and len(none.tokens) == len(none.lengths) == 0
 
 
+@pytest.mark.parametrize(("params", "out"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_a_rank_without_prompts_has_the_dtype_that_the_others_get(params: torch.dtype, out: torch.dtype) -> None:
+    def other(params: Any, cache: Any, mb: Packed) -> tuple[Tensor, Any]:
+        assert mb.per_document.keys() <= {"truth"}
+        return torch.zeros(len(mb.cu_seqlens) - 1, VOCAB, dtype=out), {}
+
+    def f(mesh: Mesh) -> Docs:
+        mine = fstep.divide_documents(fstep.make_docs([[1, 2]], per_document={"truth": [7]}), axis=mesh.dp)
+        docs = fstep.generate(other, {"w": torch.zeros(1, dtype=params)}, mine, KEY, most=3)
+        return fstep.gather_documents(docs, axis=mesh.dp)
+
+    for docs in fstep.simulate(f, dp=2):
+        assert docs.targets["generator"].dtype == out and docs.lengths.tolist() == [5]
+
+
+def test_ids_of_32_bits() -> None:
+    docs = fstep.make_docs(PROMPTS)
+    narrow = dataclasses.replace(docs, tokens=docs.tokens.int())
+    got = fstep.generate(decode, PARAMS, narrow, KEY, most=5, samples=2)
+    assert got.tokens.dtype == torch.int32
+    want = fstep.generate(decode, PARAMS, docs, KEY, most=5, samples=2)
+    fstep.testing.assert_trees_close(dataclasses.replace(got, tokens=got.tokens.long()), want, rtol=0)
+
+
 def test_what_came_with_a_prompt_is_beside_each_answer() -> None:
     prompts = fstep.make_docs([[1, 2], [3]], per_document={"truth": [7, 8]}, shared={"width": 3})
     numbered = dataclasses.replace(prompts, index=torch.tensor([40, 9]), weights=prompts.weights.double())
-    docs = fstep.generate(decode, PARAMS, numbered, KEY, most=2, samples=2)
+    seen: list[tuple[Any, Any]] = []
+
+    def shows(params: Any, cache: Any, mb: Packed) -> tuple[Tensor, Any]:
+        seen.append((mb.shared, mb.index.tolist()))
+        return decode(params, cache, mb)
+
+    docs = fstep.generate(shows, PARAMS, numbered, KEY, most=2, samples=2)
+    assert seen == [({"width": 3}, [40, 9]), ({"width": 3}, [80, 81, 18, 19])]
     assert docs.per_document["truth"].tolist() == [7, 7, 8, 8]
     assert docs.per_document["prompt"].tolist() == [40, 40, 9, 9] and docs.index.tolist() == [80, 81, 18, 19]
     assert docs.shared == {"width": 3} and docs.weights.dtype == F64
@@ -184,6 +216,31 @@ def test_logits_that_make_no_distribution_are_named(bad: float, every: int, monk
         fstep.generate(breaks, PARAMS, numbered, KEY, most=3)
     ended = fstep.generate(breaks, PARAMS, fstep.make_docs([[1]]), KEY, most=30, stop=range(VOCAB))
     assert ended.lengths.tolist() == [2]  # what is computed past the end is nobody's
+
+
+def test_stop_tokens_of_other_libraries_are_numbers_too() -> None:
+    docs = [
+        fstep.generate(decode, PARAMS, fstep.make_docs(PROMPTS), KEY, most=40, stop=stop) for stop in ([6], [numpy.int64(6)])
+    ]
+    fstep.testing.assert_trees_close(*docs, rtol=0)
+    assert docs[0].per_document["finished"].any()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(
+    ("logits", "cache", "message"),
+    [
+        ((5, VOCAB), {}, r"decode returned logits \(5, 7\) for 2 documents; return \[documents, vocab\]"),
+        ((VOCAB,), {}, r"decode returned logits \(7,\) for 2"),
+        ((2, VOCAB), {"a": {"keys": torch.zeros(3, 2, 8)}}, r"cache with a.keys of shape \(3, 2, 8\) for 2 documents; give"),
+        ((2, VOCAB), torch.tensor(1), r"cache with a leaf of shape \(\) for 2"),
+    ],
+)
+def test_what_has_no_row_for_each_document_is_refused(logits: Any, cache: Any, message: str, samples: int) -> None:
+    with pytest.raises(ValueError, match=message):
+        fstep.generate(
+            lambda *_: (torch.zeros(logits), cache), {}, fstep.make_docs([[1, 2], [3, 4, 5]]), KEY, most=2, samples=samples
+        )
 
 
 @pytest.mark.parametrize(

@@ -199,3 +199,10 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
     options: dict[str, Any] = {"logits": torch.zeros(2, 3), "uniform": torch.zeros(2), **change}
     with pytest.raises(error, match=message):
         sample_tokens(**options)
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = torch.tensor([[3.0, 5.0, 4.0], [-7.0, -9.0, -torch.inf]])
+    for temperature in (1e-310, 1e-30, 1e-3):
+        ids, logprobs = sample_tokens(logits, torch.tensor([0.999, 0.0], dtype=F64), temperature=temperature)
+        assert ids.tolist() == [1, 0] and logprobs.tolist() == [0, 0]
