@@ -105,3 +105,11 @@ def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path: Path, monkeyp
     curves.add_row(tmp_path / "m.jsonl", {"step": 0, "loss": float("nan")})
     curves.add_row(tmp_path / "m.jsonl", {"step": 1, "loss": 0.5})
     assert rows(tmp_path / "m.jsonl") == [{"step": 0, "loss": None}, {"step": 1, "loss": 0.5}]
+
+
+def test_what_is_held_out_is_in_no_lesson(monkeypatch: pytest.MonkeyPatch) -> None:
+    distill, made, make = example("distill", monkeypatch), [], fstep.make_docs
+    monkeypatch.setattr(fstep, "make_docs", lambda tokens, **more: [made.append(tokens), make(tokens, **more)][1])
+    trained(distill, argparse.Namespace(**{**vars(FEW), "sentences": 48, "steps": 1}), fstep.Mesh())
+    _, few, unseen = ({tuple(ids) for ids in docs} for docs in made[:3])
+    assert len(unseen) == 64 == len(made[2]) and not unseen & few
