@@ -64,7 +64,7 @@ def distill_loss(
     >>> fstep.distill_loss(hidden, student, hidden * torch.tensor(3.0).log(), teacher, third).mean()
     tensor(0.1308)
     """
-    how = _how("distill_loss", weight, Part(0, len(weight)), divergence, beta, temperature, False)
+    how = _how("distill_loss", weight, Part.all_of(weight), divergence, beta, temperature, False)
     _check("distill_loss", hidden, weight, weights, len(hidden), temperature)
     _check_teacher("distill_loss", teacher_hidden, teacher_weight, weight, len(hidden), temperature)
     return _ratio(hidden, weight, teacher_hidden, teacher_weight, weights, how)
@@ -98,7 +98,7 @@ def topk_distill_loss(
     >>> fstep.topk_distill_loss(torch.ones(1, 1), student, ids, logprobs, torch.ones(1)).mean()
     tensor(0.1438)
     """
-    how = _how("topk_distill_loss", weight, Part(0, len(weight)), divergence, beta, temperature, True)
+    how = _how("topk_distill_loss", weight, Part.all_of(weight), divergence, beta, temperature, True)
     _check("topk_distill_loss", hidden, weight, weights, len(hidden), temperature)
     _check_top("topk_distill_loss", ids, teacher_logprobs, weights, len(weight))
     return _ratio(hidden, weight, ids, teacher_logprobs, weights, how)

@@ -272,7 +272,7 @@ def token_logprobs(
     tensor([-0.6931,  0.0000])
     """
     _check_tokens("token_logprobs", hidden, weight, temperature, labels=labels)
-    return score(hidden, weight, labels, Part(0, len(weight)), temperature, entropy)
+    return score(hidden, weight, labels, Part.all_of(weight), temperature, entropy)
 
 
 def token_logprob_sum(
@@ -295,4 +295,4 @@ def token_logprob_sum(
     tensor(-1.3863)
     """
     _check_tokens("token_logprob_sum", hidden, weight, temperature, labels=labels, weights=weights)
-    return score_sum(hidden, weight, labels, weights, Part(0, len(weight)), temperature)
+    return score_sum(hidden, weight, labels, weights, Part.all_of(weight), temperature)

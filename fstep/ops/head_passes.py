@@ -22,12 +22,21 @@ from fstep.mesh.collectives import pmax, psum
 from fstep.trace import asked_while_tracing
 
 
+ALONE = Axis("tp")
+
+
 class Part(NamedTuple):
     """The rows of the head that this rank has: from ``start`` on, of ``vocab`` in all, the others over ``axis``."""
 
     start: int
     vocab: int
-    axis: Axis = Axis("tp")
+    axis: Axis
+
+    @staticmethod
+    def all_of(weight: Tensor) -> Part:
+        """Say that this rank has the whole head."""
+        # By a name of the module: torch 2.11 compiles no Axis that is made within, nor one that is a field's default.
+        return Part(0, len(weight), ALONE)
 
     def find(self, labels: Tensor, rows: int) -> Tensor:
         """Return each label's place among the first ``rows`` rows, -1 where it is not there."""

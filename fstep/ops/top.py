@@ -35,7 +35,7 @@ def token_top_logprobs(hidden: Tensor, weight: Tensor, k: int, *, temperature: f
     """
     for name, x in (("hidden", hidden), ("weight", weight)):
         check_type("token_top_logprobs", name, x, Tensor, "a tensor")
-    return _top("token_top_logprobs", hidden, weight, k, Part(0, len(weight)), temperature)
+    return _top("token_top_logprobs", hidden, weight, k, Part.all_of(weight), temperature)
 
 
 def tp_token_top_logprobs(
