@@ -36,12 +36,10 @@ def grpo_step(
     state: fstep.TrainState, docs: fstep.Docs, *, model: Dense, mesh: fstep.Mesh, lr: Any, updates: int
 ) -> tuple[fstep.TrainState, list[dict[str, torch.Tensor]]]:
     """Learn from answers that the params of ``state`` have drawn, several to a prompt, and from their rewards."""
-    reward, prompt = docs.per_document["reward"], docs.per_document["prompt"]
-    spread = {"reward": reward, "advantage": fstep.group_advantages(reward, prompt)}
-    known = {name: fstep.spread_documents(x, docs) for name, x in spread.items()} | {"each": fstep.document_weights(docs)}
-    docs, multiple = fstep.with_targets(docs, **known), 2 * mesh.cp.size
-    parts = fstep.split_microbatches(docs, max_tokens=4096, multiple_of=multiple, axis=mesh.dp)
-    rows = [fstep.cp_shard(fstep.pack_thd(part, multiple_of=multiple), axis=mesh.cp) for part in parts]
+    advantage = fstep.group_advantages(docs.per_document["reward"], docs.per_document["prompt"])
+    docs = fstep.with_targets(docs, advantage=fstep.spread_documents(advantage, docs), each=fstep.document_weights(docs))
+    parts = fstep.split_microbatches(docs, max_tokens=4096, multiple_of=2 * mesh.cp.size, axis=mesh.dp)
+    rows = [fstep.cp_shard(fstep.pack_thd(part, multiple_of=2 * mesh.cp.size), axis=mesh.cp) for part in parts]
     stage, score = model.stage(mesh), partial(model.logprobs, mesh=mesh)
     old = fstep.pp_forward(stage, score, state.params, rows, axis=mesh.pp)
     rows = [fstep.with_targets(row, old=logprobs) for row, logprobs in zip(rows, old, strict=True)]
@@ -49,8 +47,7 @@ def grpo_step(
     def loss_fn(params: Any, x: torch.Tensor, mb: fstep.Packed) -> Any:
         t, logprobs = mb.targets, score(params, x, mb)
         loss, metrics = fstep.clipped_loss(logprobs - t["old"], t["advantage"], t["each"])
-        far = fstep.kl_loss(t["generator"], t["old"], t["each"])
-        return loss, {**metrics, "reward": fstep.weigh(t["reward"], t["each"]), "kl_generator": far}
+        return loss, {**metrics, "kl_generator": fstep.kl_loss(t["generator"], t["old"], t["each"])}
 
     found = []
     for _ in range(updates):  # the first has a ratio of 1; from the second on it moves, and is clipped
@@ -110,6 +107,7 @@ def train(a: Any, seed: int, at: tiny.Place, log: Callable[[Row], None]) -> None
                 state = replace(state, data=position)
                 lr = fstep.warmup_cosine(step, peak=a.lr, warmup=min(5, a.steps), total=a.steps, floor=a.lr / 10)
                 state, found = grpo_step(state, docs, model=MODEL, mesh=mesh, lr=lr, updates=a.updates)
+                row |= {"reward": float(docs.per_document["reward"].mean())}
                 row |= {name: float(value) for name, value in found[0].items()}
                 row |= {f"last {name}": float(value) for name, value in found[-1].items()}
                 bar.set_postfix_str(f"reward {row['reward']:.2f}, held-out accuracy {accuracies[-1]:.2f}")
