@@ -21,7 +21,6 @@ from fstep.mesh.axis import Axis
 from fstep.mesh.collectives import pmax, psum
 from fstep.trace import asked_while_tracing
 
-
 ALONE = Axis("tp")
 
 
