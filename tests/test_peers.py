@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.processes import run_ranks
+
 LIMIT = 150  # seconds; it takes a fifth of that
 BOUND = 1e-10
 
@@ -39,27 +34,10 @@ ROWS[("tensor, 2 ranks", "tensor.parallel", "our Dense")] = 21
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("peers")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "benchmarks/peers.py", "--json", str(folder / "rows.json")]
-    ranks = []
-    try:
-        for r in range(2):
-            with (folder / f"{r}.txt").open("w") as out:
-                env = {**common, "RANK": str(r), "LOCAL_RANK": str(r)}
-                ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out))
-        deadline = time.monotonic() + LIMIT
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    arguments = ["--json", str(folder / "rows.json")]
+    _, errors = run_ranks("benchmarks/peers.py", arguments, folder, size=2, limit=LIMIT, CUDA_VISIBLE_DEVICES="")
     if not (folder / "rows.json").exists():
-        pytest.fail("\n".join((folder / f"{r}.txt").read_text() for r in range(2)), pytrace=False)
+        pytest.fail("\n".join([*((folder / f"{r}.out").read_text() for r in range(2)), *errors]), pytrace=False)
     rows: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text())
     return rows
 

@@ -255,10 +255,14 @@ def test_fields_have_to_say_how_they_are_cut() -> None:
         more: torch.Tensor
 
     batch = Silent(**vars(fstep.make_docs(THREE)), more=torch.ones(3))
-    for call in (lambda: fstep.select_documents(batch, [0]), lambda: fstep.join_documents([batch])):
-        with pytest.raises(
-            TypeError, match=r'^Silent.more does not say how it is cut; declare it as `more: .*cut\("token"\)`'
-        ):
+    calls = {
+        "select_documents": lambda: fstep.select_documents(batch, [0]),
+        "join_documents": lambda: fstep.join_documents([batch]),
+        "gather_documents": lambda: fstep.gather_documents(batch, axis=fstep.Axis("dp")),
+    }
+    for name, call in calls.items():
+        message = rf'^{name}: Silent.more does not say how it is cut; declare it as `more: .*cut\("token"\)`'
+        with pytest.raises(TypeError, match=message):
             call()
 
 

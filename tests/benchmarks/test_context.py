@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +10,15 @@ import pytest
 import torch
 
 import fstep
+from tests.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_check() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "benchmarks/context.py", "--check"]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    try:
-        found = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    text = found[0][0]
-    assert [rank.returncode for rank in ranks] == [0, 0], found
+def test_check(tmp_path: Path) -> None:
+    codes, errors = run_ranks("benchmarks/context.py", ["--check"], tmp_path, size=2, limit=120, CUDA_VISIBLE_DEVICES="")
+    text = (tmp_path / "0.out").read_text()
+    assert codes == [0, 0], [text, *errors]
     assert text.rstrip().endswith("equal"), text
     compared = re.findall(r"^(one document|packed) +(.+?) +out, dq", text, re.MULTILINE)
     ours = {(row, f"fstep, {m}") for row in ("one document", "packed") for m in ("auto", "allgather", "ulysses", "ring")}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = {
@@ -19,35 +17,16 @@ SIDES = {
 }
 
 
-def test_check() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "benchmarks/pipeline.py", "--check", "--only", *SIDES]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    try:
-        found = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], found
+def test_check(tmp_path: Path) -> None:
+    codes, errors = run_ranks(
+        "benchmarks/pipeline.py", ["--check", "--only", *SIDES], tmp_path, size=2, limit=120, CUDA_VISIBLE_DEVICES=""
+    )
+    text = (tmp_path / "0.out").read_text()
+    assert codes == [0, 0], [text, *errors]
     for race, peer in SIDES.items():
         for side in ("fstep", peer):
-            assert f"{race}, {side}: worst error of a gradient" in found[0][0]
-    assert "WRONG" not in found[0][0]
+            assert f"{race}, {side}: worst error of a gradient" in text
+    assert "WRONG" not in text
 
 
 def test_a_wrong_side_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

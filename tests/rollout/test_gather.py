@@ -96,3 +96,10 @@ def test_errors() -> None:
         fstep.gather_documents(batch(2), axis="dp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gather_documents: weights has 1 entries and the batch 6 tokens"):
         fstep.gather_documents(dataclasses.replace(batch(2), weights=torch.ones(1)), axis=fstep.Axis("dp"))
+
+
+def test_what_is_no_batch_is_refused_by_its_name() -> None:
+    with pytest.raises(TypeError, match="gather_documents: a batch is a dict; pass what make_docs returns"):
+        fstep.gather_documents({"tokens": torch.zeros(2)}, axis=fstep.Axis("dp"))
+    with pytest.raises(TypeError, match="join_documents: a batch is a list; pass"):
+        fstep.join_documents([[1], [2]])
