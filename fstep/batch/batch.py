@@ -72,19 +72,17 @@ class Docs:
     shared: dict[str, Any] = cut("none")
 
 
-def _declared(batch: Any) -> list[tuple[str, str, str | None]]:
+def _declared(function: str, batch: Any) -> list[tuple[str, str, str | None]]:
     """List (field, axis it is cut along, axis it counts)."""
     if not dataclasses.is_dataclass(batch) or isinstance(batch, type):
-        raise TypeError(
-            f"select_documents, join_documents: a batch is a {type(batch).__name__}; pass what make_docs returns"
-        )
+        raise TypeError(f"{function}: a batch is a {type(batch).__name__}; pass what make_docs returns")
     fields = []
     for f in dataclasses.fields(batch):
         if not f.metadata.get("pytree_node", True):
             continue  # a static field is no data: all parts have it
         if "cut" not in f.metadata:
             raise TypeError(
-                f"{type(batch).__name__}.{f.name} does not say how it is cut; declare it as `{f.name}: Tensor = "
+                f"{function}: {type(batch).__name__}.{f.name} does not say how it is cut; declare it as `{f.name}: Tensor = "
                 'fstep.cut("token")`'
             )
         fields.append((f.name, f.metadata["cut"], f.metadata["counts"]))
@@ -93,7 +91,7 @@ def _declared(batch: Any) -> list[tuple[str, str, str | None]]:
 
 def check_sizes(function: str, batch: Any) -> dict[str, int]:
     """Return how long each axis is; refuse a batch with a field that is longer or shorter than the axis it is cut along."""
-    fields = _declared(batch)
+    fields = _declared(function, batch)
     counted = [counts for _, _, counts in fields if counts]
     if len(set(counted)) < len(counted):
         raise TypeError(f"{function}: two fields of {type(batch).__name__} count the same axis; let one of them count it")
@@ -147,7 +145,7 @@ def select_documents(batch: B, rows: Sequence[int] | Tensor) -> B:
     tensor([5, 6, 4])
     """
     documents = check_sizes("select_documents", batch)["document"]
-    fields = _declared(batch)
+    fields = _declared("select_documents", batch)
     counted = {counts: (name, along) for name, along, counts in fields if counts}
     numbers = torch.as_tensor(rows)
     if numbers.numel() and (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool):
@@ -187,7 +185,7 @@ def join_documents(batches: Sequence[B]) -> B:
         raise ValueError("join_documents: there are no batches; pass at least one")
     first = batches[0]
     new = {}
-    for name, along, _ in _declared(first):
+    for name, along, _ in _declared("join_documents", first):
         if along == "none":
             continue
         parts = [getattr(b, name) for b in batches]
