@@ -25,6 +25,7 @@ from fstep import Key, Mesh, Packed, Tied
 from fstep.ops.attention import check_method
 from fstep.ops.context import METHODS
 from fstep.ops.tensor import part_of
+from fstep_models.compiled import compiled
 from fstep_models.config import read_json, tokenizer_files
 from fstep_models.dense_block import block, mlp, qkv
 from fstep_models.dense_config import Config
@@ -59,7 +60,7 @@ class Dense:
 
     def _through(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         run = fstep.remat(f, self.remat)
-        return torch.compile(run, fullgraph=True) if self.compile else run
+        return compiled(run, of=self.config) if self.compile else run
 
     @cached_property
     def _block(self) -> Callable[..., Tensor]:
@@ -75,7 +76,7 @@ class Dense:
     def _block_on_mesh(self) -> Callable[..., Tensor]:
         run = block
         if self.compile:
-            pieces = [torch.compile(f, fullgraph=True) for f in (fstep.rms_norm, qkv, mlp)]
+            pieces = [compiled(f, of=self.config) for f in (fstep.rms_norm, qkv, mlp)]
             run = partial(block, pieces=tuple(pieces))
         return fstep.remat(run, self.remat)
 

@@ -108,6 +108,43 @@ def test_rows_of_one_length_need_one_graph(counter: CompileCounter) -> None:
     assert counter.frame_count <= 2  # the second if max_seqlen changes
 
 
+@pytest.fixture
+def symbols(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note for each graph how many sizes of its inputs are variables, other than the first of a tensor."""
+    found: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        shapes = [x.meta["example_value"].shape for x in graph.graph.find_nodes(op="placeholder") if _is_tensor(x)]
+        found.append(sum(isinstance(n, torch.SymInt) for shape in shapes for n in shape[1:]))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return found
+
+
+def _is_tensor(node: torch.fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), Tensor)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "in halves"])
+def test_two_models_have_graphs_of_their_own(half: bool, symbols: list[int]) -> None:
+    """A teacher of another width leaves the student's widths constants: kernels compute no indices from variables."""
+    student, rows = model(compile=True), batches(2)
+    wide = dataclasses.replace(student.config, dim=32, ffn=40, heads=8, head_dim=4, rope=fstep.Rope(theta=1e4, dim=4))
+    teacher = dataclasses.replace(student, config=wide)
+    for m in (student, teacher, student, dataclasses.replace(teacher)):
+        p = m.init(fstep.Key.seed(0))
+        for mb in rows:
+            if half:
+                cos = torch.ones(len(mb.tokens), m.config.head_dim // 2)
+                x = torch.ones(len(mb.tokens), m.config.dim)
+                layer = fstep.tree_map(lambda w: w.requires_grad_(), p["layers"][0])
+                m._block_in_halves(layer, x, cos, cos, mb.cu_seqlens_padded, mb.max_seqlen, 0, m, fstep.Mesh())
+            else:
+                run(m, p, mb)
+    assert symbols == [0, 0, 0, 0]  # two each, one for all rows of a length; equal models share them
+
+
 def test_new_params_need_no_new_graph(counter: CompileCounter) -> None:
     m = model(compile=True)
     p = m.init(fstep.Key.seed(0))
