@@ -39,15 +39,18 @@ def split_trainable(params: Any, trainable: Predicate | None = None, *, none_is_
     >>> fstep.split_trainable(params, lambda path: "lora" in path)
     ({'base': None, 'lora': tensor([0.])}, {'base': tensor([1.]), 'lora': None})
     """
-    leaves, chosen = tree_leaves(params), choose_trainable(params, trainable, none_is_fine=none_is_fine)
+    leaves = tree_leaves(params)
+    chosen = choose_trainable(params, trainable, none_is_fine=none_is_fine, leaves=leaves)
     pick = [leaf if mine else None for leaf, mine in zip(leaves, chosen, strict=True)]
     rest = [None if mine else leaf for leaf, mine in zip(leaves, chosen, strict=True)]
     return tree_replace_leaves(params, pick), tree_replace_leaves(params, rest)
 
 
-def choose_trainable(params: Any, trainable: Predicate | None, *, none_is_fine: bool = False) -> list[bool]:
-    """Say of each leaf whether it is trained; raises as `split_trainable` does."""
-    leaves = tree_leaves(params)
+def choose_trainable(
+    params: Any, trainable: Predicate | None, *, none_is_fine: bool = False, leaves: Sequence[Any] | None = None
+) -> list[bool]:
+    """Say of each leaf whether it is trained; raises as `split_trainable` does. ``leaves`` are those, if they are known."""
+    leaves = tree_leaves(params) if leaves is None else leaves
     able = [isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in leaves]
     if trainable is None:
         if not any(able) and not none_is_fine:

@@ -13,7 +13,7 @@ A ZeRO node gets a `Call`, so that what is sent for it is waited for where it is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,30 +25,40 @@ from fstep.grad.call import Call
 from fstep.grad.messages import tensors_of
 from fstep.grad.pieces import Pieces, is_pieces
 from fstep.mesh.place import Stages
-from fstep.tree import NAMESPACE, Tied, tree_leaves, tree_map, tree_replace_leaves
+from fstep.tree import NAMESPACE, Tied, tree_map
 
 
 class Own:
     """A call's own copy of params: ``tree`` to compute with, ``leaves`` to add gradients to, then `grads`."""
 
     def __init__(self, params: Any, trainable: Predicate | None, *, none_is_fine: bool = False) -> None:
-        self.given, self.chosen = params, choose_trainable(params, trainable, none_is_fine=none_is_fine)
+        # Params are walked once: hundreds of leaves, in every call.
+        self.inside, self.spec = optree.tree_flatten(params, _is_special, none_is_leaf=True, namespace=NAMESPACE)
+        flat = [y for x in self.inside for y in (x.leaves() if is_pieces(x) else (x,)) if y is not None and not _is_tied(y)]
+        self.chosen = choose_trainable(params, trainable, none_is_fine=none_is_fine, leaves=flat)
         leaves = [
             private_leaf(x, recording=False) if mine else x.detach() if isinstance(x, Tensor) else x
-            for x, mine in zip(tree_leaves(params), self.chosen, strict=True)
+            for x, mine in zip(flat, self.chosen, strict=True)
         ]
         self.params = [x for x, mine in zip(leaves, self.chosen, strict=True) if mine]
-        tree = tree_replace_leaves(params, leaves)
         self.nodes: list[Any] = []  # whose gradients are wanted
         self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the leaf
         self.twin_nodes: list[tuple[Any, Any]] = []
-        kinds = set(map(type, optree.tree_leaves(tree, _is_special, none_is_leaf=True, namespace=NAMESPACE)))
-        if Pieces in kinds:
-            tree = optree.tree_map(self._with_call, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
-        self.tree = self.last = tree
-        if Tied in kinds and self._find_twins():
-            self.last = optree.tree_map(self._twin, tree, is_leaf=is_pieces, none_is_leaf=True, namespace=NAMESPACE)
+        inside = [self._with_call(x) for x in self._replaced(leaves)]
+        self.tree = self.last = optree.tree_unflatten(self.spec, inside)
+        if self._find_twins([x for x in inside if _is_tied(x)]):
+            self.last = optree.tree_unflatten(self.spec, [self._twin(x) for x in inside])
         self.leaves = [*self.params, *(twin for _, twin in self.twins.values())]
+
+    def _replaced(self, leaves: Iterable[Any]) -> list[Any]:
+        """Return what is inside the params, with other leaves."""
+        new = iter(leaves)
+        return [
+            replace(x, value=tree_map(lambda _: next(new), x.value)) if is_pieces(x)
+            else x if x is None or _is_tied(x)
+            else next(new)
+            for x in self.inside
+        ]  # fmt: skip
 
     def grads(self) -> Any:
         """Return what was accumulated, in the structure of the params; zeros where nothing depended on a leaf."""
@@ -70,7 +80,8 @@ class Own:
                 leaf.grad += twin.grad
             twin.grad = None
         grads = iter(read_grads(self.params))
-        return tree_replace_leaves(self.given, [next(grads) if mine else None for mine in self.chosen])
+        found = self._replaced([next(grads) if mine else None for mine in self.chosen])
+        return optree.tree_unflatten(self.spec, found)
 
     def _with_call(self, x: Any) -> Any:
         if not is_pieces(x):
@@ -79,11 +90,10 @@ class Own:
         self.nodes += [node] if any(leaf is not None for leaf in _wanted(node)) else []
         return node
 
-    def _find_twins(self) -> bool:
+    def _find_twins(self, tied: Sequence[Tied]) -> bool:
         """Make a second leaf of everything that a `Tied` stands for, wherever on this rank that is."""
         parts = list(self.tree.parts.values()) if isinstance(self.tree, Stages) else [self.tree]
-        leaves = optree.tree_leaves(self.tree, _is_tied, none_is_leaf=True, namespace=NAMESPACE)
-        for keys in {tuple(tied.to.split(".")) for tied in leaves if _is_tied(tied)}:
+        for keys in {tuple(x.to.split(".")) for x in tied}:
             for leaf in (x for part in parts for x in tensors_of(find(part, keys)) if x.requires_grad):
                 self.twins[id(leaf)] = leaf, private_leaf(leaf, recording=False)
         return bool(self.twins)

@@ -191,10 +191,11 @@ def _scale(leaves: Sequence[Tensor], scale: Tensor, own: Sequence[bool]) -> list
     """Multiply every leaf by a 0-d tensor, a few launches for all of them; in place those that are our ``own``."""
     out: list[Tensor] = list(leaves)
     groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    owners = Counter([g.data_ptr() for g in leaves]) if any(own) else Counter()
+    places = [g.data_ptr() for g in leaves]
+    shared = {p for p, count in Counter(places).items() if count > 1} if len(set(places)) < len(places) else ()
     for i, g in enumerate(leaves):
         # autograd may return one tensor for two leaves, or an expanded one: in place these would be scaled twice.
-        in_place = own[i] and owners[g.data_ptr()] == 1 and 0 not in g.stride()
+        in_place = own[i] and places[i] not in shared and 0 not in g.stride()
         if g.dtype in (torch.float32, torch.float64):
             groups.setdefault((g.device, g.dtype, in_place), []).append(i)
         else:

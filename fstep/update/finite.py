@@ -28,19 +28,18 @@ def to_skip(function: str, skip: Any, grads: Sequence[Tensor], recording: bool) 
 def leaf_norms(leaves: Sequence[Tensor], order: float, *, dtype: torch.dtype | None = None) -> Tensor:
     """Stack the norms of the leaves (order not kept), by default float64 if a leaf is, else float32, in a few launches."""
     # An infinity norm of nothing is undefined, and an empty leaf adds nothing to any norm.
-    wide: list[Tensor] = []
-    rest: list[Tensor] = []
-    for x in leaves:
-        if x.numel():
-            (wide if x.dtype == torch.float64 else rest).append(x)
-    norms: list[Tensor] = []
-    for some, kind in ((rest, torch.float32), (wide, torch.float64)):
-        if some:
-            norms.extend(torch._foreach_norm(some, order, dtype=dtype or kind))
-    if not norms:
+    some = [x for x in leaves if x.numel()]
+    if not some:
         return torch.zeros(1, device=leaves[0].device, dtype=dtype)
-    like = norms[-1].dtype
-    return torch.stack([n.to(leaves[0].device, like) for n in norms])
+    wide = [x for x in some if x.dtype == torch.float64]
+    rest = [x for x in some if x.dtype != torch.float64] if wide else some
+    norms: list[Tensor] = []
+    for group, kind in ((rest, torch.float32), (wide, torch.float64)):
+        if group:
+            norms.extend(torch._foreach_norm(group, order, dtype=dtype or kind))
+    if rest is not some or len({x.device for x in some}) > 1:
+        norms = [n.to(leaves[0].device, norms[-1].dtype) for n in norms]
+    return torch.stack(norms)
 
 
 def any_nonfinite(grads: Sequence[Tensor], recording: bool) -> Tensor:

@@ -117,12 +117,13 @@ def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[R
         raise ValueError(_difference(function, state.params, (grads, *slots))) from error
     rows: list[Row | None] = []
     number = 0
-    for param, grad, *memory in found:
-        remembered = [slot for slot in memory if slot is not None]
-        if isinstance(grad, Tensor) and remembered and grad.shape == param.shape:
-            rows.append(Row(number, param, grad, tuple(memory)))
+    for row in found:
+        param, grad, memory = row[0], row[1], row[2:]
+        remembers = len([slot for slot in memory if slot is not None])
+        if remembers and isinstance(grad, Tensor) and grad.shape == param.shape:
+            rows.append(Row(number, param, grad, memory))
             number += 1
-        elif grad is None and not remembered:
+        elif grad is None and not remembers:
             rows.append(None)
         else:
             raise ValueError(_misfit(function, tree_paths(state.params)[len(rows)], param, grad, memory))
@@ -170,7 +171,7 @@ def rows_recording(rows: Sequence[Row], *rest: Any) -> bool:
     """Say, as `is_recording` does, whether an outer derivative is being taken through the rows or ``rest``."""
     if is_recording(*rest):
         return True
-    return torch.is_grad_enabled() and any(x.requires_grad for row in rows for x in (row.param, row.grad, *row.slots))
+    return torch.is_grad_enabled() and True in [x.requires_grad for row in rows for x in (row.param, row.grad, *row.slots)]
 
 
 def refuse_donation(function: str, rows: Sequence[Row], grads: Any, recording: bool) -> None:
@@ -182,11 +183,11 @@ def refuse_donation(function: str, rows: Sequence[Row], grads: Any, recording: b
     )
     if torch.compiler.is_compiling():
         return  # the compiler's tensors have no addresses
-    held = [(x, row) for row in rows for x in (row.param, *row.slots) if x.numel()]
-    if len({x.data_ptr() for x, _ in held}) == len(held):
+    held = [x.data_ptr() for row in rows for x in (row.param, *row.slots)]
+    if len(set(held)) == len(held):
         return
     owner: dict[tuple[torch.device, int], int] = {}
-    for x, row in held:
+    for x, row in [(x, r) for r in rows for x in (r.param, *r.slots) if x.numel()]:
         address = (x.device, x.data_ptr())
         if address in owner:
             a, b = (tree_paths(grads)[number] for number in (owner[address], row.number))
