@@ -6,8 +6,8 @@
 Before anything is timed, that is asked on the GPUs too.
 
 A model of layers only, so that all stages cost the same, which is what the tables of schedules assume. Both sides run the
-same block, compiled, except for the peer's zero-bubble schedules: they go through a graph twice, which what is compiled does
-not allow, so that they run it eagerly.
+same block and loss, compiled, except for the peer's zero-bubble schedules: they go through a graph twice, which what is
+compiled does not allow, so that they run it eagerly.
 
     idle    1 - m * t / (p * step), t a microbatch of the whole model on one GPU in the same run
     table   the idle share of the schedule itself, if messages take no time, with F, B, I, W as measured on one stage

@@ -87,6 +87,7 @@ class Work:
         )
         self.ours = fstep.split_weights(block, through=self.compile)
         self.compiled = self.compile(block)
+        self.loss = self.compile(loss_of)
 
     def draw(self, key: fstep.Key, shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
         """Draw normal numbers, the same on every rank."""
@@ -142,7 +143,7 @@ def fstep_side(work: Work, race: Race, number: int, mesh: fstep.Mesh) -> Callabl
         return work.run(p["layers"], mb[0] if x is None else x, work.ours)
 
     def loss_fn(p: Any, x: Tensor, mb: Tensor) -> fstep.Ratio:
-        return fstep.Ratio(loss_of(x, mb[1]), torch.ones((), device=x.device))
+        return fstep.Ratio(work.loss(x, mb[1]), torch.ones((), device=x.device))
 
     def step() -> dict[int, Params]:
         _, grads = fstep.pp_forward_backward(stage_fn, loss_fn, params, microbatches, axis=mesh.pp, schedule=schedule)
@@ -183,7 +184,8 @@ def torch_side(work: Work, race: Race, number: int, mesh: fstep.Mesh) -> Callabl
     ]
     make: Any = getattr(pipelining, race.theirs)
     # Given the mean of microbatches to divide by, it would go over all gradients once more.
-    schedule = make(pipe if len(pipe) > 1 else pipe[0], number, loss_fn=loss_of, scale_grads=False)
+    loss = work.loss if race.compiled else loss_of
+    schedule = make(pipe if len(pipe) > 1 else pipe[0], number, loss_fn=loss, scale_grads=False)
     x, y = (torch.cat([mb[k] for mb in work.data[:number]]) for k in (0, 1))
 
     def step() -> dict[int, Params]:
@@ -204,7 +206,7 @@ def alone(work: Work, f: Callable[..., Tensor]) -> Callable[[int], Layers]:
 
     def step(number: int) -> Layers:
         for mb in work.data[:number]:
-            loss_of(work.run(layers, mb[0], f), mb[1]).backward()  # type: ignore[no-untyped-call]
+            (loss_of if f is block else work.loss)(work.run(layers, mb[0], f), mb[1]).backward()
         return fstep.tree_replace_leaves(layers, [x.grad for x in leaves])
 
     return step
