@@ -28,30 +28,17 @@ from fstep.mesh.place import Stages
 from fstep.tree import NAMESPACE, Tied, tree_map
 
 
-class Own:
-    """A call's own copy of params: ``tree`` to compute with, ``leaves`` to add gradients to, then `grads`."""
+class Walk:
+    """What is in params: they have hundreds of leaves, and a call goes through them once."""
 
-    def __init__(self, params: Any, trainable: Predicate | None, *, none_is_fine: bool = False) -> None:
-        # Params are walked once: hundreds of leaves, in every call.
+    def __init__(self, params: Any) -> None:
+        self.params = params
         self.inside, self.spec = optree.tree_flatten(params, _is_special, none_is_leaf=True, namespace=NAMESPACE)
-        flat = [y for x in self.inside for y in (x.leaves() if is_pieces(x) else (x,)) if y is not None and not _is_tied(y)]
-        self.chosen = choose_trainable(params, trainable, none_is_fine=none_is_fine, leaves=flat)
-        leaves = [
-            private_leaf(x, recording=False) if mine else x.detach() if isinstance(x, Tensor) else x
-            for x, mine in zip(flat, self.chosen, strict=True)
-        ]
-        self.params = [x for x, mine in zip(leaves, self.chosen, strict=True) if mine]
-        self.nodes: list[Any] = []  # whose gradients are wanted
-        self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the leaf
-        self.twin_nodes: list[tuple[Any, Any]] = []
-        inside = [self._with_call(x) for x in self._replaced(leaves)]
-        self.tree = self.last = optree.tree_unflatten(self.spec, inside)
-        if self._find_twins([x for x in inside if _is_tied(x)]):
-            self.last = optree.tree_unflatten(self.spec, [self._twin(x) for x in inside])
-        self.leaves = [*self.params, *(twin for _, twin in self.twins.values())]
+        each = (x.leaves() if is_pieces(x) else (x,) for x in self.inside)
+        self.leaves = [x for xs in each for x in xs if x is not None and not _is_tied(x)]
 
-    def _replaced(self, leaves: Iterable[Any]) -> list[Any]:
-        """Return what is inside the params, with other leaves."""
+    def replaced(self, leaves: Iterable[Any]) -> list[Any]:
+        """Return what is inside, with other leaves."""
         new = iter(leaves)
         return [
             replace(x, value=tree_map(lambda _: next(new), x.value)) if is_pieces(x)
@@ -59,6 +46,31 @@ class Own:
             else next(new)
             for x in self.inside
         ]  # fmt: skip
+
+    def tree(self, inside: Iterable[Any]) -> Any:
+        """Return the tree with something else inside."""
+        return optree.tree_unflatten(self.spec, inside)
+
+
+class Own:
+    """A call's own copy of params: ``tree`` to compute with, ``leaves`` to add gradients to, then `grads`."""
+
+    def __init__(self, given: Walk, trainable: Predicate | None, *, none_is_fine: bool = False) -> None:
+        self.given = given
+        self.chosen = choose_trainable(given.params, trainable, none_is_fine=none_is_fine, leaves=given.leaves)
+        leaves = [
+            private_leaf(x, recording=False) if mine else x.detach() if isinstance(x, Tensor) else x
+            for x, mine in zip(given.leaves, self.chosen, strict=True)
+        ]
+        self.params = [x for x, mine in zip(leaves, self.chosen, strict=True) if mine]
+        self.nodes: list[Any] = []  # whose gradients are wanted
+        self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the leaf
+        self.twin_nodes: list[tuple[Any, Any]] = []
+        inside = [self._with_call(x) for x in given.replaced(leaves)]
+        self.tree = self.last = given.tree(inside)
+        if self._find_twins([x for x in inside if _is_tied(x)]):
+            self.last = given.tree([self._twin(x) for x in inside])
+        self.leaves = [*self.params, *(twin for _, twin in self.twins.values())]
 
     def grads(self) -> Any:
         """Return what was accumulated, in the structure of the params; zeros where nothing depended on a leaf."""
@@ -80,8 +92,7 @@ class Own:
                 leaf.grad += twin.grad
             twin.grad = None
         grads = iter(read_grads(self.params))
-        found = self._replaced([next(grads) if mine else None for mine in self.chosen])
-        return optree.tree_unflatten(self.spec, found)
+        return self.given.tree(self.given.replaced(next(grads) if mine else None for mine in self.chosen))
 
     def _with_call(self, x: Any) -> Any:
         if not is_pieces(x):

@@ -29,7 +29,7 @@ from fstep.grad.autodiff import (
 from fstep.grad.by_name import ScheduleLike, schedule_for
 from fstep.grad.interpret import Metrics, Run, add_up, join_stages
 from fstep.grad.messages import broadcast_results, sum_ratios, tensors_of
-from fstep.grad.own import Own
+from fstep.grad.own import Own, Walk
 from fstep.grad.parts import stage_parts
 from fstep.grad.schedule import Schedule
 from fstep.mesh.axis import Axis
@@ -185,8 +185,9 @@ def pp_forward_backward(
     check_callable("pp_forward_backward", "loss_fn", loss_fn)
     table = _check("pp_forward_backward", params, microbatches, axis, schedule)
     total: Any = None
+    given = Walk(params)
 
-    if table is None and is_recording(params, list(microbatches)):
+    if table is None and is_recording(given.leaves, list(microbatches)):
         grads: Any = None
         take = value_and_grad(lambda p, mb: _run(stage_fn, loss_fn, p, p, mb), has_aux=True, trainable=trainable)
         for microbatch in microbatches:
@@ -195,7 +196,7 @@ def pp_forward_backward(
     else:
         refuse_inference_mode("pp_forward_backward")
         with torch.enable_grad():
-            own = Own(params, trainable, none_is_fine=axis.size > 1)
+            own = Own(given, trainable, none_is_fine=axis.size > 1)
             if table is None:
                 for microbatch in microbatches:
                     pair = _run(stage_fn, loss_fn, own.tree, own.last, microbatch)
