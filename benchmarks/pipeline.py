@@ -161,8 +161,7 @@ class Bench:
         """Time both sides in turns."""
         p, tokens = self.mesh.pp.size, number * self.work.shape.tokens
         sides = {name: build for name, build in self.sides(race, number).items() if name in names}
-        steps = max(self.args.steps // (2 if race.extra or number > self.args.microbatches[0] else 1), 5)
-        rows = in_turns(sides, steps=steps, warmup=1)
+        rows = in_turns(sides, steps=self.args.steps, warmup=1)
         own = schedule_for("benchmark", race.ours, p, number).stats(self.costs).idle
         shown = []
         for row in rows:
