@@ -54,6 +54,13 @@ def backward_halves(
             else:
                 later.setdefault(node, []).append(e)
 
+    # Who asks the engine for an edge gets what comes along every way to it. Where a weight is reached both directly and
+    # through something made of it, the second share would be sent on again: such a graph is gone through at once.
+    behind = _reach([c for edges in branches.values() for e in edges for c, _ in e.node.next_functions if c is not None])
+    together = [list(at_once.values()), *(edges for edges in later.values() if len(edges) > 1)]
+    if any(e.node in behind for edges in together for e in edges):
+        return _halves_by_factors([], outputs, cotangents, inputs, leaves)
+
     arrived: dict[Node, tuple[Tensor | None, ...]] = {}
     hooks = [node.register_prehook(_note(arrived, node)) for node in later]
     through = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.node in line]
@@ -98,11 +105,11 @@ def _halves_by_factors(
     waiting, number = list(products), -1
     while len(waiting) != number:
         # The engine goes to whatever is asked for: to the leaves that can be reached without products that wait. A product
-        # from which one of them can be reached cannot wait, and then neither can what that one leads to.
+        # from which one of them can be reached, or another product, cannot wait, and then neither can what it leads to.
         stop, number = set(waiting), len(waiting)
         reached = _reach([o.node for o in outputs], stop=stop)
         now = [node for node in reached if id(_leaf(node)) in wanted]
-        waiting = [node for node in waiting if not _reach([node]) & set(now)]
+        waiting = [node for node in waiting if not _reach([node]) & (set(now) | (stop - {node}))]
     factors = [e for node in waiting for e in _stand_ins(node)]
     asked = [*map(get_gradient_edge, inputs), *factors, *(GradientEdge(node, 0) for node in now)]
     found = list(run_engine(outputs, cotangents, asked, accumulate=False, keep=False))
@@ -113,13 +120,19 @@ def _halves_by_factors(
     roots = list(outputs)  # they own the nodes of products; what else the graph had saved is gone
 
     def weight_half() -> None:
+        shared: list[tuple[GradientEdge, Tensor]] = []
         while waiting:
             edges = _stand_ins(waiting.pop())
             own = [arrived.pop() for _ in edges][::-1]
             left = _add_products(edges[0].node, own, wanted)
             own.clear()
             given = [(e, g) for e, g in zip(edges, left, strict=True) if g is not None]
-            backward_into([e for e, _ in given], [g for _, g in given], leaves)
+            if all(_leaf(child) is not None for child, _ in edges[0].node.next_functions):
+                backward_into([e for e, _ in given], [g for _, g in given], leaves)
+            else:  # weights made of others: what made them may be the same for several, and can be gone through once
+                shared += given
+        backward_into([e for e, _ in shared], [g for _, g in shared], leaves)
+        shared.clear()
         roots.clear()
 
     return grads, weight_half

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fstep.key import Key
+from fstep.tree import tree_leaves
 
 
 def _draws_random(module: nn.Module) -> str | None:
@@ -33,12 +34,26 @@ def _skeleton(module: nn.Module) -> nn.Module:
     torch.utils.checkpoint inside a forward runs it again in the backward pass, after `functional_call` has put the module's
     own parameters back, and would silently use their values. Here there are none to use.
     """
-    for name, part in module.named_modules():
+    for path, part in module.named_modules():
+        name = path or type(part).__name__
         if part.training and getattr(part, "gradient_checkpointing", False):  # transformers' name for it
             raise ValueError(
-                f"lift: {name or type(part).__name__!r} has gradient checkpointing on, which computes with the module's own "
+                f"lift: {name!r} has gradient checkpointing on, which computes with the module's own "
                 "parameters again; turn it off, and wrap the function in fstep.remat"
             )
+        if getattr(part, "max_norm", None) is not None:
+            raise ValueError(
+                f"lift: {name!r} has max_norm, and rescales its weight in place whenever it is called; "
+                "set it to None, and rescale the params in the step"
+            )
+        for key, value in vars(part).items():
+            # torch itself puts an RNN's flat weights right.
+            known = key in ("_parameters", "_modules") or (key == "_flat_weights" and isinstance(part, nn.RNNBase))
+            if not known and any(isinstance(x, nn.Parameter) for x in tree_leaves(value)):
+                raise ValueError(
+                    f"lift: {name!r} keeps a parameter in {key!r}, where it cannot be replaced; let the forward look it up "
+                    "by its name, or keep it in an nn.ParameterList"
+                )
     meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
     return deepcopy(module, meta)
 
@@ -53,8 +68,9 @@ def lift(module: nn.Module, *, copy: bool = True) -> tuple[dict[str, Tensor], Ca
     ``params`` maps the module's parameter names to tensors (parameters that are one in the module are one here); with
     ``copy=False`` they share its memory, which a donated update would then write to. Everything else is taken as it is at
     the time of lifting, training mode and buffers too; a forward that updates its buffers (batch norm in training mode)
-    updates copies that are dropped. A module that draws random numbers (dropout in training mode) needs
-    ``apply(params, ..., key=key)``, and draws the same numbers for the same key.
+    updates copies that are dropped. (What else a forward writes to ``self``, a counter or a cache, stays.) A module that
+    draws random numbers (dropout in training mode) needs ``apply(params, ..., key=key)``, and draws the same numbers for the
+    same key.
 
     A parameter with ``requires_grad=False`` is in ``params`` like any other, since freezing is said to whoever takes
     gradients: ``trainable=lambda name: module.get_parameter(name).requires_grad``.

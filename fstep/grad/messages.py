@@ -42,6 +42,11 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
+def device_of(*trees: Any) -> torch.device:
+    """Return where the first tensor of some trees is."""
+    return next((x.device for tree in trees for x in tensors_of(tree)), torch.device("cpu"))
+
+
 def with_tensors(tree: Any, tensors: Sequence[Tensor | None]) -> Any:
     """Return the tree with its tensors replaced, in order."""
     new = iter(tensors)

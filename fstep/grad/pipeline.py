@@ -28,7 +28,7 @@ from fstep.grad.autodiff import (
 )
 from fstep.grad.by_name import ScheduleLike, schedule_for
 from fstep.grad.interpret import Metrics, Run, add_up, join_stages
-from fstep.grad.messages import broadcast_results, sum_ratios, tensors_of
+from fstep.grad.messages import broadcast_results, device_of, sum_ratios, tensors_of
 from fstep.grad.own import Own, Walk
 from fstep.grad.parts import stage_parts
 from fstep.grad.schedule import Schedule
@@ -134,10 +134,6 @@ def _check(
     return table
 
 
-def _device(*trees: Any) -> torch.device:
-    return next((x.device for tree in trees for x in tensors_of(tree)), torch.device("cpu"))
-
-
 def pp_forward_backward(
     stage_fn: Callable[[Any, Any, Any], Any],
     loss_fn: Callable[[Any, Any, Any], Loss],
@@ -217,7 +213,7 @@ def _run_table(
     parts = stage_parts("pp_forward_backward", params.tree, table, axis)
     of_loss = parts if params.last is params.tree else stage_parts("pp_forward_backward", params.last, table, axis)
     last = of_loss.get(table.stages - 1)
-    device = _device(params.tree, list(microbatches))
+    device = device_of(params.tree, list(microbatches))
     leaves = {stage: [x for x in tensors_of(part) if x.requires_grad] for stage, part in parts.items()}
     if last is not None:
         known = set(map(id, leaves[table.stages - 1]))
@@ -279,7 +275,7 @@ def pp_forward(
         if table is None:
             return tuple(fn(params, _split(stage_fn(params, None, mb))[0], mb) for mb in microbatches)
         parts = stage_parts("pp_forward", params, table, axis)
-        last, device = table.stages - 1, _device(params, list(microbatches))
+        last, device = table.stages - 1, device_of(params, list(microbatches))
         run = Run(
             "pp_forward",
             table,

@@ -24,7 +24,7 @@ from torch.autograd import Function
 from fstep.grad.pieces import Pieces, as_it_is, finish_sum, is_pieces, lay_out, start_gather, start_sum, wholes
 from fstep.mesh.axis import Axis
 from fstep.mesh.place import Copied, Shard, places
-from fstep.tree import NAMESPACE, check_type, path_name
+from fstep.tree import NAMESPACE, check_type, path_name, tree_paths
 
 # The axes over which gradients are partial sums, by the names that `Mesh` gives them and their union.
 DATA = ("dp", "cp", "dp+cp")
@@ -195,7 +195,19 @@ def scatter_grads(grads: Any, params: Any) -> Any:
         if not is_pieces(node):
             return found
         spec = optree.tree_structure(node.value, none_is_leaf=True, namespace=NAMESPACE)
-        given = spec.flatten_up_to(found)
+        try:
+            given = spec.flatten_up_to(found)
+        except ValueError as error:
+            raise ValueError(
+                f"scatter_grads: a unit has the leaves {tree_paths(node.value)}, and grads has a {type(found).__name__} of "
+                "another structure there; pass gradients of gather_params(params), None for each frozen leaf"
+            ) from error
+        for g, slot in zip(given, node.slots, strict=True):
+            if g is not None and slot is not None and g.shape != slot.shape:
+                raise ValueError(
+                    f"scatter_grads: a gradient in the unit of {tree_paths(node.value)} has shape {tuple(g.shape)}, and its "
+                    f"parameter {slot.shape}; pass gradients of gather_params(params)"
+                )
         like = [None if g is None else x for x, g in zip(node.leaves(), given, strict=True)]
         return replace(node, value=node.fill(_call(_Scatter, node, tuple(like), *given)))
 

@@ -39,8 +39,11 @@ class Factored:
 
     def linear(self, h: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute ``h @ weight.T + bias`` in the dtype of ``h``."""
-        if self.used or h.shape != self.like_h.shape:
-            what = "used twice" if self.used else f"applied to {list(h.shape)}, where x has {list(self.like_h.shape[:-1])}"
+        if self.used or h.shape != self.like_h.shape or h.dtype != self.like_h.dtype:
+            shapes = (
+                f"applied to {list(h.shape)} in {h.dtype}, where x has {list(self.like_h.shape[:-1])} in {self.like_h.dtype}"
+            )
+            what = "used twice" if self.used else shapes
             raise ValueError(f"split_weights: {self.path!r} is {what}; leave it out, with only=lambda path: ...")
         self.used = True
         return _linear(h, self.weight.to(h.dtype), bias, self.like_y, self.like_h)
@@ -108,9 +111,9 @@ def split_weights(
     backward passes ("zbv", "interleaved_zero_bubble") can put the products off, which it cannot inside a compiled block.
     Values and gradients are those of ``through(block)``; the two factors of a product live until it is computed.
 
-    Each matrix among the params is used by one `linear`, on rows like those of ``x`` [..., in]; ``only(path)`` refuses
-    others, which are differentiated as usual, as is what is no matrix. Raises ValueError, when the block runs, for a matrix
-    that is not used like that; RuntimeError for gradients of gradients.
+    Each matrix among the params is used by one `linear`, on rows like those of ``x`` [..., in], in its dtype; ``only(path)``
+    refuses others, which are differentiated as usual, as is what is no matrix, or complex. Raises ValueError, when the block
+    runs, for a `linear` of a matrix that is not like that; RuntimeError for gradients of gradients.
 
     >>> import torch, fstep
     >>> block = lambda p, x: x + fstep.linear(torch.tanh(fstep.linear(x, p["up"])), p["down"])
@@ -136,11 +139,17 @@ def split_weights(
 
     def outside(params: Any, x: Any, *rest: Any, **named: Any) -> Any:
         check_type("split_weights", "x", x, Tensor, "a tensor as the block's second argument")
+        if not x.is_floating_point():
+            return run(params, {}, x, *rest, **named)  # stand-ins of its dtype could carry no gradient
         paths, leaves = tree_paths(params), tree_leaves(params)
         chosen = [
             at
             for at, (path, w) in enumerate(zip(paths, leaves, strict=True))
-            if _wants_grad(w) and w.dim() == 2 and (only is None or only(path))
+            if _wants_grad(w)
+            and w.dim() == 2
+            and w.is_floating_point()
+            and x.is_floating_point()
+            and (only is None or only(path))
         ]
         like: dict[str, tuple[Tensor, Tensor]] = {}
         if chosen:
@@ -154,4 +163,5 @@ def split_weights(
 
 
 def _wants_grad(w: Any) -> bool:
-    return isinstance(w, Tensor) and w.requires_grad and torch.is_grad_enabled() and not in_transform()
+    recorded = isinstance(w, Tensor) and w.requires_grad and torch.is_grad_enabled() and not in_transform()
+    return recorded and w.is_floating_point()

@@ -185,7 +185,7 @@ def write_safetensors(
             file.seek(start + begin[name])
             row = _row_bytes(*plan[name])
             found = []
-            for band in _bands(_bytes(x), blocks[name].rows * row):
+            for band in _bands(_bytes(x), max(1, blocks[name].rows * row)):
                 found.append(_crcs(band, blocks[name].across, row))
                 file.write(band)
             crcs[name] = "".join(found)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from fstep.grad.autodiff import Predicate
+from fstep.grad.messages import device_of
 from fstep.state.state import TrainState
-from fstep.tree import pytree, tree_leaves, tree_map, tree_replace_leaves
+from fstep.tree import pytree, tree_map, tree_replace_leaves
 from fstep.update.finite import to_skip
+from fstep.update.memory import refuse_donation
 from fstep.update.rows import (
     Decay,
     Row,
@@ -26,7 +28,6 @@ from fstep.update.rows import (
     decays,
     line_up,
     next_state,
-    refuse_donation,
     require,
     rows_recording,
     select,
@@ -95,7 +96,7 @@ class AdamW:
         0
         """
         chosen = select("adamw.init", params, trainable)
-        return adamw_zeros(chosen, tree_leaves(params)[0].device)
+        return adamw_zeros(chosen, device_of(params))
 
     def update(
         self, state: TrainState, grads: Any, *, lr: float | Tensor, skip: Tensor | None = None, donate: bool = False

@@ -15,7 +15,6 @@ optimizer) then decides alike whether the step is skipped.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,8 +26,8 @@ from fstep.mesh.place import places
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
 from fstep.tree import check_type, tree_leaves, tree_map, tree_paths, tree_replace_leaves
-from fstep.update.finite import leaf_norms
-from fstep.update.reduce import counted, everybody, norm_over_mesh, psum, sum_gradients
+from fstep.update.memory import overlapping
+from fstep.update.reduce import counted, everybody, norm_of, norm_over_mesh, psum, sum_gradients
 
 RESERVED = ("loss", "weight", "grad_norm", "nonfinite")
 
@@ -98,7 +97,7 @@ def finalize_grads(
     elif mesh.size > 1:
         sum_norm = norm_over_mesh(mine, mesh, total.den)
     else:
-        sum_norm = torch.linalg.vector_norm(leaf_norms(leaves, 2))
+        sum_norm = norm_of(leaves)
     # A sum over ranks is a new tensor, which nobody else holds; what needed none (a ZeRO piece) is still the caller's.
     own = [donate or x is not old for x, old in zip(leaves, given, strict=True)]
     den = total.den.to(sum_norm.device, sum_norm.dtype)
@@ -191,11 +190,10 @@ def _scale(leaves: Sequence[Tensor], scale: Tensor, own: Sequence[bool]) -> list
     """Multiply every leaf by a 0-d tensor, a few launches for all of them; in place those that are our ``own``."""
     out: list[Tensor] = list(leaves)
     groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    places = [g.data_ptr() for g in leaves]
-    shared = {p for p, count in Counter(places).items() if count > 1} if len(set(places)) < len(places) else ()
+    # Autograd may return one tensor for two leaves, views of one, an expanded one: in place they would be scaled twice.
+    shared = overlapping(leaves) if any(own) else ()
     for i, g in enumerate(leaves):
-        # autograd may return one tensor for two leaves, or an expanded one: in place these would be scaled twice.
-        in_place = own[i] and places[i] not in shared and 0 not in g.stride()
+        in_place = own[i] and i not in shared
         if g.dtype in (torch.float32, torch.float64):
             groups.setdefault((g.device, g.dtype, in_place), []).append(i)
         else:

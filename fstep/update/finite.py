@@ -1,7 +1,7 @@
 """Is a step to be skipped? A gradient that is not finite must change nothing, and nobody may wait to find out.
 
 skip given      a 0-d tensor, from whoever knows       finalize_grads has read every element for the norm
-skip=None       is any element infinite or NaN?        one more pass over the gradients
+skip=None       is any element infinite or NaN?        one more pass over the gradients; a rank that has none must be told
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from torch import Tensor
 def to_skip(function: str, skip: Any, grads: Sequence[Tensor], recording: bool) -> Tensor:
     """Return a 0-d bool tensor on the gradients' device: what was given, or whether any element is infinite or NaN."""
     if skip is None:
+        if not any(g.numel() for g in grads):
+            raise ValueError(
+                f"{function}: this rank holds no element of a gradient (all is frozen, or its pieces are empty), so that it "
+                "cannot see which steps others skip; pass skip=metrics['nonfinite'] of finalize_grads"
+            )
         return any_nonfinite(grads, recording)
     if not isinstance(skip, Tensor):
         raise TypeError(f"{function}: skip is {skip!r}; pass a 0-d tensor, e.g. metrics['nonfinite'] of finalize_grads")
@@ -44,8 +49,6 @@ def leaf_norms(leaves: Sequence[Tensor], order: float, *, dtype: torch.dtype | N
 
 def any_nonfinite(grads: Sequence[Tensor], recording: bool) -> Tensor:
     """Return a 0-d bool tensor on the gradients' device: is any element infinite or NaN?"""
-    if not grads:
-        return torch.tensor(False)
     if recording:
         return ~torch.stack([g.detach().isfinite().all().to(grads[0].device) for g in grads]).all()
     # A leaf is finite exactly if its largest magnitude is, or its least and its largest element.

@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from fstep.grad.autodiff import Predicate
+from fstep.grad.messages import device_of
 from fstep.mesh.place import places
 from fstep.state.state import TrainState
-from fstep.tree import pytree, tree_leaves, tree_map, tree_map_with_path, tree_replace_leaves
+from fstep.tree import pytree, tree_map, tree_map_with_path, tree_replace_leaves
 from fstep.update.adamw import AdamW, AdamWState, adamw_rows, adamw_zeros
 from fstep.update.finite import to_skip
+from fstep.update.memory import refuse_donation
 from fstep.update.rows import (
     Decay,
     check_update,
     decays,
     line_up,
     next_state,
-    refuse_donation,
     require,
     rows_recording,
     select,
@@ -155,7 +156,7 @@ class Muon:
         others = tree_map(lambda leaf, is_hidden: None if is_hidden else leaf, chosen, hidden)
         return MuonState(
             momentum=tree_map(lambda leaf, is_hidden: torch.zeros_like(leaf) if is_hidden else None, chosen, hidden),
-            rest=adamw_zeros(others, tree_leaves(params)[0].device),
+            rest=adamw_zeros(others, device_of(params)),
         )
 
     def update(

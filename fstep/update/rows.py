@@ -174,30 +174,6 @@ def rows_recording(rows: Sequence[Row], *rest: Any) -> bool:
     return torch.is_grad_enabled() and True in [x.requires_grad for row in rows for x in (row.param, row.grad, *row.slots)]
 
 
-def refuse_donation(function: str, rows: Sequence[Row], grads: Any, recording: bool) -> None:
-    """Refuse to work in place where that is wrong: under an outer derivative, or on memory that two leaves share."""
-    require(
-        not recording,
-        f"{function}: donate=True while an outer derivative is being taken (a leaf requires grad, or a torch.func "
-        "transform is running); call it without donate=True, or detach what should not be differentiated",
-    )
-    if torch.compiler.is_compiling():
-        return  # the compiler's tensors have no addresses
-    held = [x.data_ptr() for row in rows for x in (row.param, *row.slots)]
-    if len(set(held)) == len(held):
-        return
-    owner: dict[tuple[torch.device, int], int] = {}
-    for x, row in [(x, r) for r in rows for x in (r.param, *r.slots) if x.numel()]:
-        address = (x.device, x.data_ptr())
-        if address in owner:
-            a, b = (tree_paths(grads)[number] for number in (owner[address], row.number))
-            raise ValueError(
-                f"{function}: donate=True, but leaves {a!r} and {b!r} share memory and would be updated "
-                "twice; keep a tied weight as one leaf (Tied), or clone one of them"
-            )
-        owner[address] = row.number
-
-
 def decays(grads: Any, rows: Sequence[Row], weight_decay: float, decay: Decay | None) -> list[float]:
     """Return the weight decay of each row: ``weight_decay`` if the predicate chooses it, else 0."""
     if decay is None or not weight_decay:

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fstep.grad.autodiff import Predicate
+from fstep.grad.autodiff import Predicate, choose_trainable
 from fstep.state.state import TrainState
-from fstep.tree import pytree, tree_map, tree_paths, tree_replace_leaves
+from fstep.tree import pytree, static, tree_leaves, tree_map, tree_replace_leaves
 from fstep.update.finite import to_skip
+from fstep.update.memory import refuse_donation
 from fstep.update.rows import (
     Decay,
     check_update,
     decays,
     line_up,
     next_state,
-    refuse_donation,
     require,
     rows_recording,
     select,
@@ -35,14 +35,15 @@ from fstep.update.rows import (
 class SGDState:
     """What SGD remembers: a momentum buffer for each trained leaf, ``None`` for a frozen one.
 
-    Without momentum the buffers are there, with no elements, so that the tree still says what is trained.
+    Without momentum there are no buffers, to be saved or cut, and ``trained`` says of each leaf whether it is.
 
     >>> import torch, fstep
     >>> fstep.sgd.init({"w": torch.ones(3), "b": torch.ones(1)}, trainable=lambda path: path == "w")
-    SGDState(momentum={'w': tensor([]), 'b': None})
+    SGDState(momentum=None, trained=(False, True))
     """
 
     momentum: Any
+    trained: tuple[bool, ...] = static(default=())
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,12 @@ class SGD:
 
         >>> import torch, fstep
         >>> fstep.SGD(momentum=0.9).init({"w": torch.ones(3)})
-        SGDState(momentum={'w': tensor([0., 0., 0.])})
+        SGDState(momentum={'w': tensor([0., 0., 0.])}, trained=())
         """
         chosen = select("sgd.init", params, trainable)
-        zeros = torch.zeros_like if self.momentum else lambda leaf: leaf.new_zeros(0)
-        return SGDState(tree_map(zeros, chosen))
+        if self.momentum:
+            return SGDState(tree_map(torch.zeros_like, chosen))
+        return SGDState(None, tuple(choose_trainable(params, trainable, none_is_fine=True)))
 
     def update(
         self, state: TrainState, grads: Any, *, lr: float | Tensor, skip: Tensor | None = None, donate: bool = False
@@ -102,16 +104,18 @@ class SGD:
         tensor([0.7500])
         """
         check_update("sgd", state, lr, SGDState)
-        rows = line_up("sgd.update", state, grads, state.opt.momentum)
+        memory = state.opt.momentum
+        if memory is None:
+            if self.momentum:
+                raise ValueError(
+                    f"sgd.update: momentum is {self.momentum}, but opt state has no buffers; call init of the same optimizer"
+                )
+            leaves = zip(tree_leaves(state.params), state.opt.trained, strict=True)
+            memory = tree_replace_leaves(state.params, [x if mine else None for x, mine in leaves])  # marks, no memory
+        rows = line_up("sgd.update", state, grads, memory)
         live = trained(rows)
         if not self.momentum:
             live = [row._replace(slots=()) for row in live]
-        for row in live:
-            if self.momentum and row.slots[0].shape != row.param.shape:
-                raise ValueError(
-                    f"sgd.update: momentum is {self.momentum}, but opt state has no buffer for "
-                    f"{tree_paths(grads)[row.number]!r}; call init of the same optimizer"
-                )
         recording = rows_recording(live, lr)
         if donate:
             refuse_donation("sgd.update", live, grads, recording)

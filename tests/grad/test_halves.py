@@ -197,3 +197,37 @@ def test_nothing_is_left_after_the_second_half() -> None:
         assert seen() is None, "the graph is kept alive, without the garbage collector"
     finally:
         gc.enable()
+
+
+def directly_and_through_itself(x: Tensor, w: list[Tensor]) -> list[Tensor]:
+    return [x @ w[0] @ w[0] @ w[0].T]
+
+
+def through_one_operation(x: Tensor, w: list[Tensor]) -> list[Tensor]:
+    return [torch.nn.functional.layer_norm(x @ w[0], (5,), 1 + w[2], w[2])]
+
+
+def added_to_its_own_product(x: Tensor, w: list[Tensor]) -> list[Tensor]:
+    return [x @ w[0] @ w[0] + w[0][0]]
+
+
+def in_a_function_twice(x: Tensor, w: list[Tensor]) -> list[Tensor]:
+    return [torch.addcmul(x, torch.tanh(w[2]), w[2]) @ w[1]]
+
+
+@pytest.mark.parametrize(
+    "f", [directly_and_through_itself, through_one_operation, added_to_its_own_product, in_a_function_twice]
+)
+def test_a_weight_reached_directly_and_through_something_made_of_it(f: Callable) -> None:
+    torch.manual_seed(0)
+    x, w = leaf(3, 5), [leaf(5, 5), leaf(5, 5), leaf(5)]
+    (y,) = f(x, w)
+    g = torch.randn_like(y)
+    want = torch.autograd.grad(y, [x, *w], g, allow_unused=True)
+    (y,) = f(x, w)
+    grads, second = backward_halves([get_gradient_edge(y)], [g], [x], w)
+    second()
+    for got, expected in zip([*grads, *(p.grad for p in w)], want, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None and expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

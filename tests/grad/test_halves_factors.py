@@ -200,6 +200,34 @@ def test_frozen_weights_and_refused_ones_are_differentiated_as_usual() -> None:
         assert torch.equal(split(params, rows(1)), block(params, rows(1))) and seen[-1]["down"] == "Tensor"
 
 
+def test_integers_and_complex_weights_are_differentiated_as_usual() -> None:
+    for dtype in (torch.float64, torch.complex128):
+        w = torch.randn(WIDE, DIM, dtype=dtype, requires_grad=True)
+        x = torch.arange(2 * DIM).view(2, DIM) if dtype == torch.float64 else torch.randn(2, DIM, dtype=dtype)
+
+        def f(p: dict[str, Tensor], x: Tensor) -> Tensor:
+            return fstep.linear(x.to(p["w"].dtype), p["w"]).abs().square()
+
+        want, got = (torch.autograd.grad(g({"w": w}, x).sum(), w)[0] for g in (f, fstep.split_weights(f)))
+        assert want.abs().max() > 0 and torch.equal(got, want)
+
+
+def test_weights_of_two_blocks_that_were_made_together() -> None:
+    """Their products end in one graph, which can be gone through once."""
+    one = fstep.split_weights(lambda p, x: fstep.linear(x, p["w"]))
+    w, x = torch.randn(DIM, DIM, dtype=torch.float64, requires_grad=True), rows(1).requires_grad_()
+
+    def two(x: Tensor) -> Tensor:
+        made = {"w": w.tanh()}
+        return one(made, one(made, x))
+
+    g = torch.randn_like(two(x))
+    want = torch.autograd.grad(torch.nn.functional.linear(torch.nn.functional.linear(x, w.tanh()), w.tanh()), [x, w], g)
+    (dx,), second = backward_halves([get_gradient_edge(two(x))], [g], [x], [w])
+    second()
+    torch.testing.assert_close((dx, w.grad), want, rtol=1e-12, atol=1e-12)
+
+
 def test_wider_master_weights() -> None:
     """float32 weights, computed with in bfloat16: the product is not rounded to 16 bits before it is a gradient."""
     p = {n: w.requires_grad_() for n, w in draw(0, torch.float32).items()}
@@ -216,8 +244,11 @@ def test_what_cannot_be_split_says_so() -> None:
     w = {"w": torch.ones(DIM, DIM, dtype=torch.float64, requires_grad=True)}
     with pytest.raises(ValueError, match="split_weights: 'w' is used twice; leave it out, with only="):
         twice(w, rows(1))
-    with pytest.raises(ValueError, match=r"'w' is applied to \[2, 6\], where x has \[5\]"):
+    with pytest.raises(ValueError, match=r"'w' is applied to \[2, 6\] in torch.float64, where x has \[5\] in torch.float64"):
         other(w, rows(1))
+    wider = fstep.split_weights(lambda p, x: fstep.linear(x.double(), p["w"]))  # its factors would be rounded to 16 bits
+    with pytest.raises(ValueError, match=r"'w' is applied to .* in torch.float64, where x has .* in torch.bfloat16"):
+        wider(w, rows(1, torch.bfloat16))
     with pytest.raises(TypeError, match="split_weights: x is a int"):
         twice(w, 3)
     y = fstep.split_weights(block)({n: w.requires_grad_() for n, w in draw(0).items()}, x := rows(1).requires_grad_())

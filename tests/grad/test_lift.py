@@ -308,6 +308,29 @@ def test_params_have_to_be_the_modules(change: Callable, message: str) -> None:
         apply(change(params), X)
 
 
+class Beside(nn.Module):
+    """Reaches its weight by another way than its name."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.l = nn.Linear(2, 2)
+        self.kept = {"list": [self.l.weight], "dict": {"w": (self.l.weight,)}}[where]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("where", ["list", "dict"])
+def test_a_parameter_that_cannot_be_replaced_is_refused(where: str) -> None:
+    with pytest.raises(ValueError, match="lift: 'Beside' keeps a parameter in 'kept', where it cannot be replaced"):
+        lift(Beside(where))
+
+
+def test_a_module_that_rescales_its_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="lift: '0' has max_norm, and rescales its weight in place"):
+        lift(nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)))
+
+
 def test_only_modules() -> None:
     with pytest.raises(TypeError, match=r"lift: got a function; pass an nn.Module"):
         lift(mlp)

@@ -6,6 +6,7 @@ import threading
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 
 import fstep
 from fstep import Action, Schedule
@@ -214,3 +215,12 @@ def test_the_picture_has_a_box_for_every_action(name: str) -> None:
         f"{a.kind}: stage {a.stage}, microbatch {a.microbatch}" for row in schedule.actions for a in row
     )
     assert f"{schedule.stats().idle:.0%} idle" in schedule.draw()
+
+
+def test_a_table_without_a_backward_pass_trains_nothing() -> None:
+    """Its gradients would be 0, without a word."""
+    stage, loss = lambda p, x, mb: mb * p["w"], lambda p, x, mb: fstep.Ratio(x.sum(), torch.ones(()))
+    table = fstep.gpipe(1, 1).forward_only()
+    with pytest.raises(ValueError, match=r"pp_forward_backward: schedule 'gpipe.*' has no backward pass"):
+        fstep.pp_forward_backward(stage, loss, {"w": torch.ones(2)}, [torch.ones(2)], schedule=table)
+    assert fstep.pp_forward(stage, lambda p, x, mb: x, {"w": torch.ones(2)}, [torch.ones(2)], schedule=table)

@@ -508,3 +508,16 @@ def test_nothing_is_changed() -> None:
         assert_same_bits(whole, make_params())
 
     fstep.simulate(f, dp=2)
+
+
+def test_gradients_of_another_shape_are_refused() -> None:
+    def f(mesh: fstep.Mesh, grads: Any) -> Any:
+        return fstep.scatter_grads(grads, fstep.shard_params({"layers": {0: {"w": torch.ones(4, 2)}}}, mesh.dp))
+
+    for shape in ((2, 4), (4, 3), (8,)):
+        with pytest.raises(
+            ValueError, match=r"scatter_grads: a gradient in the unit of \['w'\] has shape .*, and its parameter"
+        ):
+            fstep.simulate(lambda mesh, s=shape: f(mesh, {"layers": {0: {"w": torch.ones(s)}}}), dp=2)
+    with pytest.raises(ValueError, match=r"scatter_grads: a unit has the leaves \['w'\], and grads has a NoneType"):
+        fstep.simulate(lambda mesh: f(mesh, {"layers": {0: None}}), dp=2)

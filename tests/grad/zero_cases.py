@@ -83,7 +83,8 @@ def run_steps(
         if outside:
             grads = fstep.scatter_grads(grads, state.params)
         grads, metrics = fstep.finalize_grads(grads, loss, mesh=mesh, max_norm=max_norm)
-        state = optimizer.update(state, grads, lr=0.1 / (step + 1), donate=donate)
+        skip = metrics["nonfinite"]
+        state = optimizer.update(state, grads, lr=0.1 / (step + 1), skip=skip, donate=donate)
     return fstep.unshard_params(state.params), fstep.unshard_params(grads), metrics
 
 

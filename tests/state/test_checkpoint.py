@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fstep
 from fstep.key import Key
 from fstep.ratio import Ratio
 from fstep.state import checkpoint, files, manifest
@@ -541,3 +542,30 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         load_checkpoint(tmp_path, {}, step=7)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*step-00000001, which is one itself; pass its parent"):
         load_checkpoint(path, {})
+
+
+def test_leaves_without_elements(tmp_path: Path) -> None:
+    state = {"a": torch.zeros(4, 0), "b": torch.zeros(0, 3), "c": torch.zeros(2, 0, 3), "d": torch.ones(2)}
+    save_checkpoint(tmp_path, state, step=0)
+    back = load_checkpoint(tmp_path, fstep.tree_map(torch.empty_like, state))
+    assert {n: tuple(x.shape) for n, x in back.items()} == {n: tuple(x.shape) for n, x in state.items()}
+    assert torch.equal(back["d"], torch.ones(2))
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2}])
+def test_plain_sgd_on_a_mesh(tmp_path: Path, sizes: dict[str, int]) -> None:
+    """It has no buffers: nothing to cut, to save, or to gather."""
+
+    def f(mesh: fstep.Mesh) -> Any:
+        whole = {"w": torch.arange(8.0).view(4, 2), "frozen": torch.ones(3)}
+        cut = {**whole, "w": fstep.Shard.cut(whole["w"], axis=mesh.tp, dim=0)}
+        params = fstep.shard_params(whole, mesh.dp) if "dp" in sizes else cut
+        state = fstep.init_state(params, fstep.sgd, trainable=lambda path: path == "w")
+        grads = fstep.split_trainable(fstep.tree_map(torch.ones_like, params), lambda path: path == "w")[0]
+        state = fstep.sgd.update(state, grads, lr=0.5, skip=torch.tensor(False))
+        assert fstep.unshard_params(state.opt.momentum) is None
+        save_checkpoint(tmp_path, state, step=1, mesh=mesh)
+        back = load_checkpoint(tmp_path, fstep.init_state(params, fstep.sgd, trainable=lambda p: p == "w"), mesh=mesh)
+        return [torch.equal(a, b) for a, b in zip(fstep.tree_leaves(back), fstep.tree_leaves(state), strict=True)]
+
+    assert all(all(same) for same in fstep.simulate(f, **sizes))

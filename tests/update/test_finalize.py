@@ -164,6 +164,26 @@ def test_donation_of_gradients_that_share_memory(dtype: torch.dtype) -> None:
     assert out["c"].tolist() == [0.25, 0.25, 0.25]
 
 
+def test_donation_of_gradients_that_overlap() -> None:
+    """The gradient of what was put behind something is a view into the middle of that of the whole."""
+    b, c, x = (torch.tensor(v, requires_grad=True) for v in ([3.0, 4.0], [1.0, 1.0, 1.0], [1.0]))
+    gb, gc = torch.autograd.grad(((torch.cat([x, b]) + c) ** 2).sum(), [b, c])
+    assert gb.data_ptr() == gc.data_ptr() + 4
+    given = {"b": gb, "c": gc, "d": torch.ones(2)}
+    expected, _ = finalize_grads(given, ratio(1.0, 2.0), mesh=MESH)
+    assert expected["b"].tolist() == [4.0, 5.0]
+    out, _ = finalize_grads(given, ratio(1.0, 2.0), mesh=MESH, donate=True)
+    assert bits(out) == bits(expected)
+    assert out["d"] is given["d"]
+
+
+def test_a_norm_beyond_float32_s_squares() -> None:
+    """Squares of 1e25 are infinite in float32, their root is not: on one rank as on a mesh."""
+    out, metrics = finalize_grads({"w": torch.full((4,), 1e25)}, ratio(1.0, 1.0), mesh=MESH, max_norm=1.0)
+    assert metrics["nonfinite"] == 0
+    assert_close(out, {"w": torch.full((4,), 0.5)})
+
+
 def test_nothing_waits_for_the_device(device: str, no_waiting: Any) -> None:
     grads = make_grads(make_params(torch.float32, device), 0)
     loss = ratio(1.0, 3.0, device), {"aux": ratio(1.0, 2.0, device)}

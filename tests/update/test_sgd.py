@@ -56,7 +56,7 @@ def test_without_momentum_nothing_is_kept() -> None:
 
 def test_momentum_on_a_state_without_buffers_is_refused() -> None:
     params = make_params()
-    with pytest.raises(ValueError, match=r"sgd.update: momentum is 0.9, but opt state has no buffer for 'embed'"):
+    with pytest.raises(ValueError, match=r"sgd.update: momentum is 0.9, but opt state has no buffers"):
         SGD(momentum=0.9).update(init_state(params, sgd), make_grads(params, 0), lr=0.1)
 
 

@@ -213,3 +213,22 @@ def test_a_negative_weight_hides_nothing(recording: bool) -> None:
     out, metrics = fstep.finalize_grads(grads, loss, mesh=fstep.Mesh(), max_norm=2.5)
     assert out["a"].isnan().all()
     assert metrics["nonfinite"] == 1
+
+
+def test_a_rank_that_holds_nothing_has_to_be_told(opt: Any) -> None:
+    """ZeRO on two ranks, of which one has no element and sees no NaN: it skips as the other does, or says that it cannot."""
+    if isinstance(opt, Muon):
+        return  # its matrices are not cut
+
+    def train(mesh: fstep.Mesh, told: bool) -> tuple[Any, ...]:
+        zero = fstep.shard_params({"w": torch.ones(4)}, mesh.dp)
+        state = init_state(zero, opt)
+        for bad in (False, True, False):
+            grads = tree_map(lambda g, bad=bad: torch.full_like(g, NAN if bad else 1.0), zero)
+            grads, metrics = fstep.finalize_grads(grads, Ratio(torch.ones(()), torch.ones(())), mesh=mesh)
+            state = opt.update(state, grads, lr=0.1, skip=metrics["nonfinite"] if told else None)
+        return int(state.step), int(state.skipped), tree_leaves(state.params)[0].numel()
+
+    assert fstep.simulate(lambda mesh: train(mesh, True), dp=2) == [(3, 1, 4), (3, 1, 0)]
+    with pytest.raises(ValueError, match=r"update: this rank holds no element of a gradient .*; pass skip="):
+        fstep.simulate(lambda mesh: train(mesh, False), dp=2)
