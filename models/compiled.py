@@ -3,7 +3,7 @@
     one block for a teacher of width 4096 and a student of width 1024
 
     torch.compile(block)             the second width that comes makes widths variables, in the kernels of both
-    compiled(block, of=config)       each has kernels for its own width; only rows of tokens vary in length
+    compiled(block, of=model)        each has kernels for its own width; only rows of tokens vary in length
 
 torch keeps what it has seen, and what it has compiled, by a function's code. A size that differs between two calls is from
 then on a variable of the kernels. For the number of tokens that costs nothing; where widths and heads are variables too,
@@ -20,10 +20,16 @@ from typing import Any
 
 import torch
 
+from fstep.tree import check_type
+
 
 def compiled(f: Callable[..., Any], *, of: Any) -> Callable[..., Any]:
-    """Return ``f`` through torch.compile, in one graph, apart from what is compiled of another model's config."""
-    assert isinstance(f, FunctionType)
+    """Return ``f`` through torch.compile, in one graph, apart from what is compiled of another model.
+
+    ``of`` is a value whose ``repr`` says which model it is: its options and sizes. Raises TypeError for what is no plain
+    function and has no code of its own.
+    """
+    check_type("compiled", "f", f, FunctionType, "a function made by def or lambda, what it closes over included")
     name = f"{f.__name__}_{zlib.crc32(repr(of).encode()):08x}"
     own = FunctionType(_named(f.__code__, name), f.__globals__, name, f.__defaults__, f.__closure__)
     own.__kwdefaults__ = f.__kwdefaults__

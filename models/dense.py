@@ -12,7 +12,7 @@ that is there is added, a q_norm that is there is applied. A stage runs whatever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -22,15 +22,13 @@ from torch import Tensor
 
 import fstep
 from fstep import Key, Mesh, Packed, Tied
-from fstep.ops.attention import check_method
-from fstep.ops.context import METHODS
 from fstep.ops.tensor import part_of
 from fstep_models.compiled import compiled
 from fstep_models.config import read_json, tokenizer_files
 from fstep_models.dense_block import block, mlp, qkv
 from fstep_models.dense_config import Config
 from fstep_models.dense_decode import Cache, decode
-from fstep_models.dense_parts import check_mesh, check_row, draw, spec_on, tables
+from fstep_models.dense_parts import check_mesh, check_options, check_row, draw, spec_on, tables
 from fstep_models.scores import Scores, read
 
 Params = dict[Any, Any]
@@ -54,13 +52,14 @@ class Dense:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.context not in METHODS:
-            raise ValueError(f"Dense: context {self.context!r} is unknown; pass one of {', '.join(METHODS)}")
-        check_method("Dense", "attention", self.attention)
+        check_options(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # not what is compiled
 
     def _through(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         run = fstep.remat(f, self.remat)
-        return compiled(run, of=self.config) if self.compile else run
+        return compiled(run, of=self) if self.compile else run
 
     @cached_property
     def _block(self) -> Callable[..., Tensor]:
@@ -76,7 +75,7 @@ class Dense:
     def _block_on_mesh(self) -> Callable[..., Tensor]:
         run = block
         if self.compile:
-            pieces = [compiled(f, of=self.config) for f in (fstep.rms_norm, qkv, mlp)]
+            pieces = [compiled(f, of=self) for f in (fstep.rms_norm, qkv, mlp)]
             run = partial(block, pieces=tuple(pieces))
         return fstep.remat(run, self.remat)
 

@@ -21,6 +21,8 @@ from torch import Tensor
 import fstep
 from fstep import Axis, Copied, HFTensor, Key, Mesh, Packed, Rope, Schedule, Shard, Stages, Tied, require_single, stage_ranks
 from fstep.mesh.place import even_span
+from fstep.ops.attention import check_method
+from fstep.ops.context import METHODS
 from fstep.tree import check_type
 from fstep_models.config import ConfigError
 from fstep_models.dense_config import Config
@@ -122,6 +124,21 @@ def tables(rope: Rope, mb: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     document = torch.searchsorted(cu, place + cu[0], right=True) - 1  # cu[0] is 0: vmap batches both alike
     lengths = mb.cu_seqlens.diff()[document]
     return fstep.rope_tables(rope, mb.positions, lengths=lengths, dtype=dtype)
+
+
+def check_options(model: Any) -> None:
+    """Refuse a model that could not run, when it is made."""
+    check_type("Dense", "config", model.config, Config, "a Config, e.g. what Config.from_hf(folder) returns")
+    if not (model.dtype is None or (isinstance(model.dtype, torch.dtype) and model.dtype.is_floating_point)):
+        raise TypeError(f"Dense: dtype is {model.dtype!r}; pass a floating-point one, e.g. torch.bfloat16, or None")
+    check_type("Dense", "remat", model.remat, (str, tuple, list), "'none', 'full', or a tuple of operations to keep")
+    try:
+        fstep.remat(check_options, model.remat)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Dense: {error}") from error
+    if model.context not in METHODS:
+        raise ValueError(f"Dense: context {model.context!r} is unknown; pass one of {', '.join(METHODS)}")
+    check_method("Dense", "attention", model.attention)
 
 
 def check_mesh(method: str, mesh: Mesh, model: Any) -> None:

@@ -28,6 +28,8 @@ from torch import Tensor
 from fstep.loss.weigh import counted, over
 from fstep.ratio import Ratio
 
+FACTOR = ("importance",)  # what may be left out
+
 
 def _check_bounds(function: str, low: float, high: float, dual: float | None = None) -> None:
     if not (low >= 0 and high >= 0):
@@ -83,7 +85,7 @@ def clipped_loss(
     function = "clipped_loss"
     _check_bounds(function, low, high, dual)
     _, weights, (log_ratio, advantages, importance) = counted(
-        function, weights, log_ratio=log_ratio, advantages=advantages, importance=importance
+        function, weights, optional=FACTOR, log_ratio=log_ratio, advantages=advantages, importance=importance
     )
     advantages, importance = advantages.detach(), importance.detach()
     ratio = log_ratio.detach().exp()
@@ -140,7 +142,13 @@ def cispo_loss(
     function = "cispo_loss"
     _check_bounds(function, low, high)
     _, weights, (logprobs, log_ratio, advantages, importance) = counted(
-        function, weights, logprobs=logprobs, log_ratio=log_ratio, advantages=advantages, importance=importance
+        function,
+        weights,
+        optional=FACTOR,
+        logprobs=logprobs,
+        log_ratio=log_ratio,
+        advantages=advantages,
+        importance=importance,
     )
     ratio = log_ratio.detach().exp()
     factor = ratio.clamp(1 - low, 1 + high) * importance.detach() * advantages.detach()
@@ -171,6 +179,6 @@ def reinforce_loss(
     Ratio(num=tensor(-1.), den=tensor(2.))
     """
     _, weights, (logprobs, advantages, importance) = counted(
-        "reinforce_loss", weights, logprobs=logprobs, advantages=advantages, importance=importance
+        "reinforce_loss", weights, optional=FACTOR, logprobs=logprobs, advantages=advantages, importance=importance
     )
     return over("reinforce_loss", _product(importance.detach() * advantages.detach(), logprobs), weights, counts)

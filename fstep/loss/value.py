@@ -115,7 +115,9 @@ def value_loss(
         raise ValueError(f"{function}: of clip and old_values only one is given; pass both, or neither")
     if clip is not None and not clip > 0:
         raise ValueError(f"{function}: clip is {clip}; pass a positive number, or None")
-    _, weights, (values, returns, old) = counted(function, weights, values=values, returns=returns, old_values=old_values)
+    _, weights, (values, returns, old) = counted(
+        function, weights, optional=("old_values",), values=values, returns=returns, old_values=old_values
+    )
     returns, old = returns.detach(), old.detach()
     error = values - returns
     cut = torch.zeros_like(weights, dtype=torch.bool)

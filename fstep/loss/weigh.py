@@ -18,18 +18,22 @@ from fstep.ratio import Ratio
 from fstep.tree import check_type
 
 
-def counted(function: str, weights: Tensor, **values: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+def counted(
+    function: str, weights: Tensor, *, optional: tuple[str, ...] = (), **values: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return where tokens count, the weights, and the values with 0 where they do not, in float32 at least.
 
     Dropped before anything is computed from them: the gradient of ``where(mask, exp(x), 0)`` is NaN for an infinite x, as
-    that of ``exp(x) * 0`` is. A value that is None is 1 everywhere, as is a factor that was not given.
+    that of ``exp(x) * 0`` is. An ``optional`` value that is None is 1 everywhere, as a factor that was not given; another
+    that is None is a mistake, such as a target looked up by a wrong name.
     """
     check_type(function, "weights", weights, Tensor, "a tensor of weights")
     wide = torch.promote_types(weights.dtype, torch.float32)
     for name, x in values.items():
-        if x is None:
+        if x is None and name in optional:
             continue
         check_type(function, name, x, Tensor, "a tensor with one number a token")
+        assert isinstance(x, Tensor)
         if x.shape != weights.shape:
             raise ValueError(
                 f"{function}: {name} has shape {tuple(x.shape)}, weights {tuple(weights.shape)}; give one number a token"

@@ -108,6 +108,16 @@ def test_clamps_of_k3(bound: float | None, cap: float | None) -> None:
     assert (g[torch.tensor(slopes) == 0] == 0).all()
 
 
+def test_the_cap_holds_where_the_exponential_overflows() -> None:
+    """exp(119) is infinite in float32, and 0 times its gradient would be NaN."""
+    logprobs, ref = torch.tensor([-120.0, -0.7], requires_grad=True), torch.tensor([-0.5, -0.5])
+    loss = fstep.kl_loss(logprobs, ref, torch.ones(2), bound=None, cap=10.0)
+    assert loss.num.item() == pytest.approx(10 + math.exp(0.2) - 1.2, rel=1e-6)
+    (g,) = torch.autograd.grad(loss.num, logprobs)
+    assert g[0] == 0
+    assert g[1].item() == pytest.approx(1 - math.exp(0.2), rel=1e-5)
+
+
 def test_k3_of_a_small_difference_is_not_rounded_away() -> None:
     d = 2.0**-14
     loss = fstep.kl_loss(torch.tensor([d]), torch.zeros(1), torch.ones(1))

@@ -221,3 +221,23 @@ def test_what_does_not_fit_is_named() -> None:
         fstep.clipped_loss(x, x, x, low=-0.2)
     with pytest.raises(ValueError, match="cispo_loss: low is inf and high is -1; pass numbers >= 0"):
         fstep.cispo_loss(x, x, x, x, high=-1)
+
+
+def test_a_target_that_is_missing_is_no_factor_of_one() -> None:
+    """``mb.targets.get("a wrong name")`` is None: only what may be left out may be."""
+    x, w, missing = torch.full((3,), -0.5), torch.ones(3), {}.get("old")
+    calls = {
+        "clipped_loss: log_ratio": lambda: fstep.clipped_loss(missing, x, w),
+        "clipped_loss: advantages": lambda: fstep.clipped_loss(x, missing, w),
+        "reinforce_loss: advantages": lambda: fstep.reinforce_loss(x, missing, w),
+        "cispo_loss: log_ratio": lambda: fstep.cispo_loss(x, missing, x, w),
+        "kl_loss: ref_logprobs": lambda: fstep.kl_loss(x, missing, w),
+        "value_loss: returns": lambda: fstep.value_loss(x, missing, w),
+        "weigh: values": lambda: fstep.weigh(missing, w),
+        "whiten: values": lambda: fstep.whiten(missing, w),
+        "importance_weights: log_ratio": lambda: fstep.importance_weights(missing, w),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"{name} is a NoneType; pass a tensor"):
+            call()
+    assert fstep.reinforce_loss(x, x, w, importance=None).num == fstep.reinforce_loss(x, x, w).num

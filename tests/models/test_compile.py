@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import fstep
 from fstep.tree import tree_leaves, tree_map
+from fstep_models.compiled import compiled as compiled_apart
 from fstep_models.dense import Config, Dense
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -230,3 +233,43 @@ def test_the_gated_product_is_made_again() -> None:
             dense.stage()(params, None, packed)
         saved[compiled] = shapes.count((48, 88)) // config.layers
     assert saved == {False: 4, True: 2}
+
+
+def test_options_have_graphs_of_their_own(counter: CompileCounter) -> None:
+    """Else eight of them together would be the end: torch compiles one code eight times, and then raises."""
+    p = model().init(fstep.Key.seed(0))
+    for options in ({"dtype": torch.bfloat16}, {"attention": "math"}, {"remat": "full"}, {"attention": "documents"}):
+        m = model((0, 5), compile=True, **options)
+        for mb in batches(3):
+            run(m, fstep.tree_map(lambda x: x, {**p, "layers": {i: p["layers"][i] for i in range(2)}}), mb)
+            fstep.pp_forward(m.stage(), lambda p, x, mb: x, {**p, "layers": {i: p["layers"][i] for i in range(2)}}, [mb])
+    assert counter.frame_count > 8
+
+
+def test_a_model_that_has_run_can_be_pickled(counter: CompileCounter) -> None:
+    m = model(compile=True, remat="full")
+    p = m.init(fstep.Key.seed(0))
+    run(m, p, batches(1)[0])
+    assert pickle.loads(pickle.dumps(m)) == m == copy.deepcopy(m)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"remat": "foo"}, ValueError, "Dense: remat: policy 'foo' is unknown"),
+        ({"remat": None}, TypeError, "Dense: remat is a NoneType"),
+        ({"remat": (MM for _ in "x")}, TypeError, "Dense: remat is a generator"),
+        ({"dtype": "bfloat16"}, TypeError, "Dense: dtype is 'bfloat16'"),
+        ({"dtype": torch.int32}, TypeError, "Dense: dtype is torch.int32"),
+        ({"attention": "foo"}, ValueError, "Dense: attention"),
+        ({"context": "foo"}, ValueError, "Dense: context 'foo' is unknown"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_at_once(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        model(**options)
+
+
+def test_what_has_no_code_cannot_be_compiled_apart() -> None:
+    with pytest.raises(TypeError, match="compiled: f is a partial; pass a function"):
+        compiled_apart(functools.partial(print), of=0)
