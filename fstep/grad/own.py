@@ -13,7 +13,7 @@ A ZeRO node gets a `Call`, so that what is sent for it is waited for where it is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class Walk:
         self.inside, self.spec = optree.tree_flatten(params, _is_special, none_is_leaf=True, namespace=NAMESPACE)
         each = (x.leaves() if is_pieces(x) else (x,) for x in self.inside)
         self.leaves = [x for xs in each for x in xs if x is not None and not _is_tied(x)]
+        self.tied = [y for x in self.inside if _is_special(x) for y in _tied_in(x)]
 
     def replaced(self, leaves: Iterable[Any]) -> list[Any]:
         """Return what is inside, with other leaves."""
@@ -68,7 +69,7 @@ class Own:
         self.twin_nodes: list[tuple[Any, Any]] = []
         inside = [self._with_call(x) for x in given.replaced(leaves)]
         self.tree = self.last = given.tree(inside)
-        if self._find_twins([x for x in inside if _is_tied(x)]):
+        if self._find_twins(given.tied):
             self.last = given.tree([self._twin(x) for x in inside])
         self.leaves = [*self.params, *(twin for _, twin in self.twins.values())]
 
@@ -123,6 +124,11 @@ def _is_tied(x: Any) -> bool:
     return isinstance(x, Tied)
 
 
+def _tied_in(x: Any) -> list[Tied]:
+    leaves = optree.tree_leaves(x.value, _is_tied, none_is_leaf=True, namespace=NAMESPACE) if is_pieces(x) else [x]
+    return [y for y in leaves if isinstance(y, Tied)]
+
+
 def _is_special(x: Any) -> bool:
     return isinstance(x, Tied | Pieces)
 
@@ -132,7 +138,12 @@ def _wanted(node: Pieces) -> list[Tensor | None]:
 
 
 def find(tree: Any, keys: Sequence[str]) -> Any:
-    """Return what is at a path in a tree of dicts, or None."""
-    for key in keys:
-        tree = {str(k): v for k, v in tree.items()}.get(key) if isinstance(tree, Mapping) else None
-    return tree
+    """Return what is at a path of a tree, or None; nodes that say where a value lives are no part of the path."""
+    if not keys or tree is None or optree.tree_is_leaf(tree, none_is_leaf=True, namespace=NAMESPACE):
+        return None if keys else tree
+    node = optree.tree_flatten_one_level(tree, none_is_leaf=True, namespace=NAMESPACE)
+    for child, entry in zip(node.children, node.entries, strict=True):
+        found = find(child, keys) if entry == "" else find(child, keys[1:]) if str(entry) == keys[0] else None
+        if found is not None:
+            return found
+    return None

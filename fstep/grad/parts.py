@@ -8,6 +8,7 @@ from typing import Any
 import optree
 
 from fstep.grad.own import find
+from fstep.grad.pieces import is_pieces
 from fstep.grad.schedule import Schedule
 from fstep.mesh.axis import Axis
 from fstep.mesh.place import Stages
@@ -39,17 +40,42 @@ def _with_tied(function: str, part: Any, parts: Mapping[int, Any]) -> Any:
         keys = tied.to.split(".")
         if find(part, keys) is not None:
             continue
-        found = [x for x in (find(other, keys) for other in parts.values()) if x is not None]
-        if not found:
+        found = next(((at, x) for at, x in (_unit(other, keys) for other in parts.values()) if x is not None), None)
+        if found is None:
             raise ValueError(f"{function}: params are tied to {tied.to!r}, which this rank has not; give it a Copied")
-        part = _put(part, keys, found[0])
+        if (part := _put(part, *found)) is None:
+            raise ValueError(
+                f"{function}: params are tied to {tied.to!r}, for which a part of them has no place; make parts dicts, or "
+                "give each that field"
+            )
     return part
 
 
+def _unit(tree: Any, keys: list[str]) -> tuple[list[str], Any]:
+    """Return what is at a path, or the ZeRO unit around it, which is gathered as one; and the path to it."""
+    if find(tree, keys) is None:
+        return keys, None
+    for depth in range(1, len(keys)):
+        if is_pieces(unit := find(tree, keys[:depth])):
+            return keys[:depth], unit
+    return keys, find(tree, keys)
+
+
 def _put(tree: Any, keys: list[str], value: Any) -> Any:
-    """Return a tree of dicts with one more entry."""
+    """Return a tree with one more entry, or None if there is no place for it."""
     if not keys:
         return value
-    names = {str(k): k for k in tree}
-    key = names.get(keys[0], keys[0])
-    return {**tree, key: _put(tree.get(key, {}), keys[1:], value)}
+    if tree is None or isinstance(tree, Mapping):
+        tree = tree or {}
+        key = {str(k): k for k in tree}.get(keys[0], keys[0])
+        return {**tree, key: _put(tree.get(key), keys[1:], value)}
+    if optree.tree_is_leaf(tree, none_is_leaf=True, namespace=NAMESPACE):
+        return None
+    node = optree.tree_flatten_one_level(tree, none_is_leaf=True, namespace=NAMESPACE)
+    entries = [str(entry) for entry in node.entries]
+    if keys[0] not in entries:
+        return None
+    at = entries.index(keys[0])
+    children = list(node.children)
+    children[at] = _put(children[at], keys[1:], value)
+    return None if children[at] is None else node.unflatten_func(node.metadata, children)

@@ -521,3 +521,82 @@ def test_gradients_of_another_shape_are_refused() -> None:
             fstep.simulate(lambda mesh, s=shape: f(mesh, {"layers": {0: {"w": torch.ones(s)}}}), dp=2)
     with pytest.raises(ValueError, match=r"scatter_grads: a unit has the leaves \['w'\], and grads has a NoneType"):
         fstep.simulate(lambda mesh: f(mesh, {"layers": {0: None}}), dp=2)
+
+
+@fstep.pytree
+class Part:
+    """A stage's params as somebody's own node."""
+
+    embed: Any
+    layers: Any
+    head: Any
+
+
+def _tied_trees() -> dict[str, Any]:
+    key = fstep.Key.seed(3)
+    e, w = key.normal((7, 4)).double(), [{"w": key.fold_in(i).normal((4, 4)).double()} for i in range(3)]
+    return {
+        "fields": Part(e, dict(enumerate(w)), fstep.Tied("embed")),
+        "list": [e, w, fstep.Tied("0")],
+        "units": {"io": {"e": e, "n": torch.ones(4).double()}, "layers": w, "head": {"w": fstep.Tied("io.e")}},
+    }
+
+
+@pytest.mark.parametrize("kind", ["fields", "list", "units"])
+@pytest.mark.parametrize("whole_units", [False, True], ids=["leaves", "units"])
+def test_a_tied_parameter_has_the_bits_of_plain_dp_in_any_tree(kind: str, whole_units: bool) -> None:
+    """What it is tied to is found by its path: in a field, in a list, inside a unit that is cut."""
+
+    def parts(p: Any) -> tuple[Tensor, Any]:
+        p = fstep.gather_params(p)
+        return (p.embed, p.layers) if kind == "fields" else (p[0], p[1]) if kind == "list" else (p["io"]["e"], p["layers"])
+
+    def stage(p: Any, x: Any, mb: Tensor) -> Tensor:
+        e, layers = parts(p)
+        x = e[mb]
+        for layer in layers.values() if isinstance(layers, dict) else layers:
+            x = torch.tanh(x @ layer["w"])
+        return x
+
+    def loss(p: Any, x: Tensor, mb: Tensor) -> fstep.Ratio:
+        logp = torch.log_softmax(x @ parts(p)[0].T, -1)
+        return fstep.Ratio(-logp[torch.arange(len(mb)), mb.roll(-1)].sum(), torch.tensor(float(len(mb))).double())
+
+    def f(mesh: Mesh, zero: bool) -> Any:
+        g = torch.Generator().manual_seed(mesh.dp.rank)
+        batch = [torch.randint(0, 7, (4 + i,), generator=g) for i in range(3)]
+        params = _tied_trees()[kind]
+        if zero:
+            units = (lambda path: True) if whole_units else (lambda path: False)
+            params = fstep.shard_params(params, mesh.dp, sums="step", units=units)
+        total, grads = fstep.pp_forward_backward(stage, loss, params, batch)
+        return fstep.tree_leaves(fstep.unshard_params(fstep.finalize_grads(grads, total, mesh=mesh)[0]))
+
+    plain, ours = (fstep.simulate(lambda mesh, z=z: f(mesh, z), dp=2)[0] for z in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+
+
+def test_stages_of_nodes_of_ones_own_share_what_is_tied() -> None:
+    """The part that refers to it gets it in the field that is empty there."""
+    whole = _tied_trees()["fields"]
+    mb = [torch.tensor([1, 2, 3, 0, 5])]
+
+    def stage(p: Any, x: Any, mb: Tensor) -> Tensor:
+        x = p.embed[mb] if x is None else x
+        for i in sorted(p.layers):
+            x = torch.tanh(x @ p.layers[i]["w"])
+        return x
+
+    def loss(p: Any, x: Tensor, mb: Tensor) -> fstep.Ratio:
+        logp = torch.log_softmax(x @ p.embed.T, -1)
+        return fstep.Ratio(-logp[torch.arange(len(mb)), mb.roll(-1)].sum(), torch.tensor(float(len(mb))).double())
+
+    first = Part(whole.embed, {0: whole.layers[0]}, None)
+    cut = fstep.Stages({0: first, 1: Part(None, {1: whole.layers[1], 2: whole.layers[2]}, whole.head)})
+    _, want = fstep.pp_forward_backward(stage, loss, whole, mb)
+    _, got = fstep.pp_forward_backward(stage, loss, cut, mb, schedule="interleaved")
+    assert torch.equal(got.parts[0].embed, want.embed)
+    assert torch.equal(got.parts[1].layers[2]["w"], want.layers[2]["w"])
+    nowhere = fstep.Stages({0: {"embed": whole.embed}, 1: (fstep.Tied("embed"),)})
+    with pytest.raises(ValueError, match="params are tied to 'embed', for which a part of them has no place"):
+        fstep.pp_forward_backward(stage, loss, nowhere, mb, schedule="interleaved")
