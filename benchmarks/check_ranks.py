@@ -118,6 +118,8 @@ def main() -> None:
         if single
         else [(s, how) for s in meshes(ranks) for how in runs_on(s)]
     )
+    if not a.simulate and "RANK" not in os.environ:
+        raise SystemExit("run it under torchrun, or with --simulate and a number of ranks")
     lead = int(os.environ.get("RANK", "0")) == 0
     say: Any = print if lead else lambda *_: None
     if not a.simulate:

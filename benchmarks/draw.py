@@ -43,6 +43,8 @@ def read(paths: Sequence[Path]) -> list[Line]:
     """Return the lines of all files; of those with the same row and facts the last, so that a row can be measured again."""
     found: dict[str, Line] = {}
     for path in paths:
+        if not path.exists():
+            raise SystemExit(f"draw.py: there is no file {path}")
         for text in path.read_text().splitlines():
             line = json.loads(text)
             found[json.dumps({k: v for k, v in line.items() if k != "sides"}, sort_keys=True)] = line

@@ -171,7 +171,13 @@ class Bench:
         self.say(f"\n{race.name}, p={p}, m={number}\n\n{table(shown, work=tokens)}")
         if len(rows) == 2:
             self.say(f"\nfstep: {rows[1].median / rows[0].median:.3f}x tokens/s")
-        facts = {"tokens": tokens, "microbatches": number, "reference": self.t[True], "costs": self.costs}
+        facts = {
+            "tokens": tokens,
+            "microbatches": number,
+            "reference": self.t[True],
+            "eager": self.t[False],
+            "costs": self.costs,
+        }
         keep(self.args.json, f"pipeline {race.name} m={number}", shown, **facts)
         self.trace(sides, f"{race.name} {number}")
         free()
@@ -221,6 +227,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trace", type=Path, help="a folder for one step's trace of every side and rank")
     args = parser.parse_args()
+    if "WORLD_SIZE" not in os.environ:
+        raise SystemExit("run it under torchrun with 2 or more processes")
     small = Shape(32, 48, 4, 2, 8, 12, 6, torch.float64)
     exact = argparse.Namespace(**{**vars(args), "microbatches": [4], "check": True, "trace": None})
     if args.check:

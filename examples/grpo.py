@@ -126,7 +126,7 @@ def main() -> None:
     p.add_argument("--sft-steps", type=tiny.count, default=40, help="updates that teach what an answer looks like")
     p.add_argument("--steps", type=tiny.count, default=200, help="rounds of drawing and learning")
     p.add_argument("--batch", type=tiny.count, default=32, help="sums a round")
-    p.add_argument("--samples", type=tiny.count, default=16, help="answers to each; one has nothing to be compared with")
+    p.add_argument("--samples", type=tiny.several, default=16, help="answers to each, 2 or more, which are compared")
     p.add_argument("--updates", type=tiny.count, default=2, help="updates from the answers of a round")
     p.add_argument("--lr", type=tiny.positive, default=1e-3, help="peak of the learning rate from rewards")
     tiny.run(p, train, [MODEL], ["reward", "held-out accuracy", "last kl_old", "kl_generator"], "GRPO")

@@ -268,6 +268,9 @@ def train(a: argparse.Namespace, mesh: fstep.Mesh) -> None:
         say(mesh.draw())
     where: dict[str, Any] = {"model": model, "mesh": mesh, "schedule": a.schedule, "device": device}
     fixed = {**where, "max_tokens": a.max_tokens}
+    longest = int(torch.cat([docs.lengths, validation.lengths]).max())
+    if longest > a.max_tokens:
+        sys.exit(f"sft.py: --max-tokens is {a.max_tokens} and a document has {longest} tokens; pass as many at least")
     first = evaluate(state.params, validation, **fixed)
     if not math.isfinite(first):
         sys.exit(f"the {what} loss is {first} before any step: the weights are not usable")

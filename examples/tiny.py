@@ -65,6 +65,13 @@ def count(text: str) -> int:
     return number
 
 
+def several(text: str) -> int:
+    """Take a whole number of 2 or more from the command line."""
+    if (number := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{number} is not 2 or more")
+    return number
+
+
 def positive(text: str) -> float:
     """Take a number above 0 from the command line."""
     if not 0 < (number := float(text)) < math.inf:

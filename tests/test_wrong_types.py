@@ -1,5 +1,6 @@
 """The first mistake anyone makes is passing the wrong thing; each answer names function, argument and what to pass."""
 
+import dataclasses
 import re
 
 import pytest
@@ -22,6 +23,20 @@ CALLS = {
     "pack_thd: batch is a list; pass what make_docs returns": lambda: fstep.pack_thd([[1, 2, 3]]),
     "pack_thd: length is a float": lambda: fstep.pack_thd(DOCS, length=8.0),
     "pack_thd: multiple_of is a float": lambda: fstep.pack_thd(DOCS, multiple_of=2.0),
+    "pack_thd: tokens are torch.uint8; pass int64 ids": lambda: fstep.pack_thd(
+        dataclasses.replace(DOCS, tokens=DOCS.tokens.to(torch.uint8))
+    ),
+    "init_state: optimizer is <class 'fstep.update.adamw.AdamW'>; pass a value": lambda: fstep.init_state(
+        {"w": X}, fstep.AdamW
+    ),
+    "adamw.init: params is a Linear, a module; make params of it with fstep.lift": lambda: fstep.init_state(
+        torch.nn.Linear(1, 1), fstep.adamw
+    ),
+    "adamw.init: trainable is a list": lambda: fstep.init_state({"w": X}, fstep.adamw, trainable=["w"]),
+    "split_trainable: params is a Linear, a module": lambda: fstep.pp_forward_backward(
+        identity, identity, torch.nn.Linear(1, 1), [X]
+    ),
+    "split_trainable: trainable is a list": lambda: fstep.split_trainable({"w": X}, ["w"]),
     "unpack_thd: packed is a Docs": lambda: fstep.unpack_thd(DOCS),
     "split_documents: packed is a Docs": lambda: fstep.split_documents(X, DOCS),
     "split_documents: values is a list": lambda: fstep.split_documents([1, 2, 3], PACKED),
@@ -55,7 +70,7 @@ CALLS = {
     "adamw.update: state is a dict": lambda: fstep.adamw.update({}, {"w": X}, lr=0.1),
     "muon.update: state is a dict": lambda: fstep.muon.update({}, {"w": X}, lr=0.1),
     "sgd.update: state is a dict": lambda: fstep.sgd.update({}, {"w": X}, lr=0.1),
-    "init_state: optimizer is a str": lambda: fstep.init_state({"w": X}, "adamw"),
+    "init_state: optimizer is 'adamw'": lambda: fstep.init_state({"w": X}, "adamw"),
     "value_and_grad: f is a NoneType": lambda: fstep.value_and_grad(None),
     "vjp: f is a Tensor": lambda: fstep.vjp(X, X),
     "pp_forward_backward: loss_fn is a NoneType": lambda: fstep.pp_forward_backward(identity, None, {"w": X}, [X]),

@@ -52,6 +52,8 @@ def pack_thd(batch: Docs, *, multiple_of: int = 1, length: int | None = None) ->
             f"pack_thd: a row has no place for {', '.join(more)} of {type(batch).__name__}; pack a Docs without these fields"
         )
     check_sizes("pack_thd", batch)
+    if batch.tokens.dtype not in (torch.int32, torch.int64):  # labels of others cannot say "none"
+        raise TypeError(f"pack_thd: tokens are {batch.tokens.dtype}; pass int64 ids, as make_docs makes them")
     device, documents = batch.tokens.device, len(batch.lengths)
     lengths = batch.lengths if documents else torch.zeros(1, dtype=torch.int64, device=device)
     if documents and int(lengths.min()) < 1:

@@ -51,6 +51,10 @@ def choose_trainable(
 ) -> list[bool]:
     """Say of each leaf whether it is trained; raises as `split_trainable` does. ``leaves`` are those, if they are known."""
     leaves = tree_leaves(params) if leaves is None else leaves
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"split_trainable: params is a {type(params).__name__}, a module; make params of it with fstep.lift")
+    if trainable is not None:
+        check_callable("split_trainable", "trainable", trainable)
     able = [isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in leaves]
     if trainable is None:
         if not any(able) and not none_is_fine:
@@ -128,7 +132,8 @@ def read_grads(leaves: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(x.shape) for path, x in zip(tree_paths(tree), tree_leaves(tree), strict=True)}
+    named = zip(tree_paths(tree), tree_leaves(tree), strict=True)
+    return {path: tuple(x.shape) for path, x in named if isinstance(x, Tensor)}
 
 
 def _tensor_aux(call: Callable[..., tuple[Any, Any]], seen: list[Any]) -> Callable[..., tuple[Any, list[Tensor]]]:
@@ -264,10 +269,10 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         leaves = [private_leaf(x, recording) for x in values]
         out = call(*leaves)
     output, aux = out if has_aux else (out, None)
-    tensors = tree_leaves(output)
+    tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
 
     def pull(cotangents: Any) -> Any:
-        given = tree_leaves(cotangents)
+        given = [x for x in tree_leaves(cotangents) if isinstance(x, Tensor)]
         if (got := _shapes(cotangents)) != (want := _shapes(output)):
             raise ValueError(f"vjp: cotangents have shapes {got}, the output has {want}; pass a tree like the output")
         graph = [(t, c) for t, c in zip(tensors, given, strict=True) if t.requires_grad]

@@ -212,5 +212,6 @@ def require_single(function: str, axis: Axis) -> None:
     """
     if axis.size != 1:
         raise NotImplementedError(
-            f"{function}: axis {axis.name!r} has size {axis.size}, and this release runs in one process; use Mesh()"
+            f"{function}: axis {axis.name!r} has size {axis.size}, and this function does not communicate over it yet; give "
+            "its ranks to another axis, e.g. dp"
         )

@@ -79,7 +79,7 @@ class Unpickled:
 
 def as_bytes(x: Tensor) -> Tensor:
     """Return the memory of a contiguous tensor, which every backend can move whatever its dtype."""
-    return x.reshape(-1).view(torch.uint8)
+    return x.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
 
 
 def as_text(text: str) -> Tensor:

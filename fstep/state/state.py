@@ -77,9 +77,9 @@ def init_state(
     >>> state.opt.mu
     {'w': tensor([0., 0.]), 'b': None}
     """
-    if not hasattr(optimizer, "init"):
+    if isinstance(optimizer, type) or not hasattr(optimizer, "init"):
         raise TypeError(
-            f"init_state: optimizer is a {type(optimizer).__name__}; pass one with init and update, e.g. fstep.adamw"
+            f"init_state: optimizer is {optimizer!r}; pass a value with init and update, e.g. fstep.adamw or fstep.AdamW()"
         )
     return TrainState(
         params=params,
