@@ -157,7 +157,8 @@ def pp_forward_backward(
     one from the numbers of ranks and of microbatches. ``params`` are those of this rank's stage; if it has several,
     `Stages` of them. Stage 0 is called with ``x=None``, the others with what the one before returned (without its ``aux``):
     any tree of tensors, whose shapes may differ from microbatch to microbatch. Gradients have the structure of the rank's
-    own params.
+    own params. A stage writes into nothing that it is given, and registers no tensor hooks where a schedule goes back in
+    halves: they would run in each.
 
     Raises TypeError or ValueError, naming the fix, for a loss that is no Ratio of 0-d tensors, metrics that differ from
     microbatch to microbatch or clash with an auxiliary loss, no microbatches, an unknown schedule, params that are not
