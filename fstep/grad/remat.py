@@ -57,8 +57,8 @@ def remat(f: Callable[P, R], policy: Policy = "full") -> Callable[P, R]:
 
     ``policy`` is ``"none"`` (remember everything: f itself), ``"full"`` (remember only the arguments), or an iterable of
     operations such as ``[torch.ops.aten.mm.default]``, whose results are kept while the rest is computed again. Inside a
-    torch.func transform, where torch cannot rematerialise, f runs as it is. Wrap a block first and compile the result. What f
-    draws, it draws from a `Key`: torch's own generator would have gone on by the second time.
+    torch.func transform, where torch cannot rematerialise, f runs as it is. Wrap a block first and compile the result. What
+    f draws, it draws from a `Key`: torch's own generator would have gone on by the second time.
 
     Raises ValueError for any other word, TypeError for what is not an operation.
 

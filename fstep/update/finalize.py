@@ -144,10 +144,11 @@ def _leaves(grads: Any, mesh: Mesh) -> list[Tensor]:
     if not leaves and mesh.pp.size == 1:  # a pipeline may have a stage that is frozen
         raise ValueError("finalize_grads: grads has no leaves; every parameter is frozen, or the tree is empty")
     for i, leaf in enumerate(leaves):
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided):
+            dense = isinstance(leaf, Tensor) and leaf.layout is torch.strided
+            kind = leaf.dtype if dense else type(leaf).__name__ if not isinstance(leaf, Tensor) else leaf.layout
             raise TypeError(
-                f"finalize_grads: the gradient {tree_paths(grads)[i]!r} is {kind}; pass floating-point tensors or None"
+                f"finalize_grads: the gradient {tree_paths(grads)[i]!r} is {kind}; pass dense floating-point tensors or None"
             )
     return leaves
 

@@ -124,6 +124,12 @@ def line_up(function: str, state: TrainState, grads: Any, *slots: Any) -> list[R
     for row in found:
         param, grad, memory = row[0], row[1], row[2:]
         remembers = len([slot for slot in memory if slot is not None])
+        if isinstance(grad, Tensor) and not (grad.dtype == param.dtype or grad.is_floating_point()):
+            kind = f"{grad.dtype} at {tree_paths(state.params)[len(rows)]!r}, where the parameter is {param.dtype}"
+            raise TypeError(f"{function}: grads has {kind}; pass floating-point gradients, None for a frozen leaf")
+        if isinstance(grad, Tensor) and grad.layout is not torch.strided:
+            kind = f"a {grad.layout} tensor at {tree_paths(state.params)[len(rows)]!r}"
+            raise TypeError(f"{function}: grads has {kind}; pass a dense one, grad.to_dense()")
         if remembers and isinstance(grad, Tensor) and grad.shape == param.shape:
             rows.append(Row(number, param, grad, memory))
             number += 1

@@ -458,3 +458,15 @@ def test_memory_of_an_update(opt: Any, donate: bool) -> None:
         peak = (torch.cuda.max_memory_allocated() - before) / unit
     # Pure: a new copy of params and state. Donated: temporaries of one leaf.
     assert peak < (0.35 if donate else copies + 0.35)
+
+
+def test_gradients_of_another_kind_are_refused(opt: Any) -> None:
+    state = init_state({"w": torch.ones(3, 2)}, opt)
+    w = torch.ones(3, 2)
+    for grad, said in ((w.long(), "torch.int64 at 'w'"), (w.to(torch.complex64), "torch.complex64 at 'w'")):
+        with pytest.raises(TypeError, match=f"update: grads has {said}, where the parameter is torch.float32"):
+            opt.update(state, {"w": grad}, lr=0.1)
+    with pytest.raises(TypeError, match=r"update: grads has a torch.sparse_coo tensor at 'w'; pass a dense one"):
+        opt.update(state, {"w": w.to_sparse()}, lr=0.1)
+    with pytest.raises(TypeError, match=r"finalize_grads: the gradient 'w' is torch.sparse_coo; pass dense"):
+        fstep.finalize_grads({"w": w.to_sparse()}, fstep.Ratio(torch.ones(()), torch.ones(())), mesh=fstep.Mesh())
