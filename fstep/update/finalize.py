@@ -26,8 +26,9 @@ from fstep.mesh.place import places
 from fstep.ratio import Ratio
 from fstep.trace import is_recording
 from fstep.tree import check_type, tree_leaves, tree_map, tree_paths, tree_replace_leaves
+from fstep.update.finite import leaf_norms
 from fstep.update.memory import overlapping
-from fstep.update.reduce import counted, everybody, norm_of, norm_over_mesh, psum, sum_gradients
+from fstep.update.reduce import counted, everybody, norm_over_mesh, psum, sum_gradients
 
 RESERVED = ("loss", "weight", "grad_norm", "nonfinite")
 
@@ -44,8 +45,8 @@ def finalize_grads(
 
     ``grads`` are the gradients of ``loss.num``, summed over the microbatches, with ``None`` at frozen leaves. With
     ``G = grads / loss.den`` and ``norm = ||G||`` over all leaves together (in float32, or in float64 if a leaf is; on a mesh
-    in the dtype of the loss), the
-    result is ``G * min(1, max_norm / (norm + 1e-6))``, which is `torch.nn.utils.clip_grad_norm_` of the mean.
+    in the dtype of the loss, from squares added in float64, which overflow later), the result is
+    ``G * min(1, max_norm / (norm + 1e-6))``, which is `torch.nn.utils.clip_grad_norm_` of the mean.
 
     Returns the gradients, each in its own dtype, and metrics as 0-d tensors: ``loss`` (the mean), ``weight`` (the
     denominator), ``grad_norm`` (before clipping), ``nonfinite`` (0. or 1.), and the mean of each extra ratio of
@@ -97,7 +98,7 @@ def finalize_grads(
     elif mesh.size > 1:
         sum_norm = norm_over_mesh(mine, mesh, total.den)
     else:
-        sum_norm = norm_of(leaves)
+        sum_norm = torch.linalg.vector_norm(leaf_norms(leaves, 2))
     # A sum over ranks is a new tensor, which nobody else holds; what needed none (a ZeRO piece) is still the caller's.
     own = [donate or x is not old for x, old in zip(leaves, given, strict=True)]
     den = total.den.to(sum_norm.device, sum_norm.dtype)

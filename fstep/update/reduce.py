@@ -104,12 +104,6 @@ def _sum_copies(x: Tensor, copies: Copied) -> Tensor:
     return total
 
 
-def norm_of(leaves: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all leaves together, in float64 if one is, else in float32, whose squares would overflow early."""
-    wide = torch.float64 if any(x.dtype == torch.float64 for x in leaves) else torch.float32
-    return torch.linalg.vector_norm(leaf_norms(leaves, 2, dtype=torch.float64)).to(wide)
-
-
 def norm_over_mesh(mine: Sequence[Tensor], mesh: Mesh, like: Tensor) -> Tensor:
     """Return the norm of what all ranks count, in float32 or the dtype of ``like``: the same on all of them.
 
