@@ -415,3 +415,10 @@ def test_cotangents_have_to_look_like_the_output(bad: Callable) -> None:
     y = {k: v.detach() for k, v in y.items()}
     with pytest.raises(ValueError, match=r"vjp: cotangents have shapes .* the output has .*; pass a tree like the output"):
         pull(tree_map(lambda x: x if isinstance(x, Tensor) else torch.ones(()), bad(y)))
+
+
+def test_vjp_of_an_output_with_more_than_tensors() -> None:
+    out, pull = vjp(lambda x: {"y": 2 * x, "n": 3, "name": "a"}, torch.tensor([1.0, 2.0]))
+    assert out["n"] == 3 and out["y"].tolist() == [2.0, 4.0]
+    (g,) = pull({"y": torch.tensor([1.0, 10.0]), "n": 3, "name": "a"})
+    assert g.tolist() == [2.0, 20.0]
