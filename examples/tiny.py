@@ -58,18 +58,16 @@ def learn(
     return state.params
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 1) -> int:
     """Take a whole number of 1 or more from the command line."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    if (number := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"{number} is not {least} or more")
     return number
 
 
 def several(text: str) -> int:
     """Take a whole number of 2 or more from the command line."""
-    if (number := int(text)) < 2:
-        raise argparse.ArgumentTypeError(f"{number} is not 2 or more")
-    return number
+    return count(text, least=2)
 
 
 def positive(text: str) -> float:

@@ -29,7 +29,7 @@ def compiled(f: Callable[..., Any], *, of: Any) -> Callable[..., Any]:
     ``of`` is a value whose ``repr`` says which model it is: its options and sizes. Raises TypeError for what is no plain
     function and has no code of its own.
     """
-    check_type("compiled", "f", f, FunctionType, "a function made by def or lambda, what it closes over included")
+    check_type("compiled", "f", f, FunctionType, "a function made by def or lambda")
     name = f"{f.__name__}_{zlib.crc32(repr(of).encode()):08x}"
     own = FunctionType(_named(f.__code__, name), f.__globals__, name, f.__defaults__, f.__closure__)
     own.__kwdefaults__ = f.__kwdefaults__

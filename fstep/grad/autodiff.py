@@ -46,15 +46,20 @@ def split_trainable(params: Any, trainable: Predicate | None = None, *, none_is_
     return tree_replace_leaves(params, pick), tree_replace_leaves(params, rest)
 
 
+def check_choice(function: str, params: Any, trainable: Any) -> None:
+    """Refuse a module for params, and a predicate that cannot be asked."""
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"{function}: params is a {type(params).__name__}, a module; make params of it with fstep.lift")
+    if trainable is not None:
+        check_callable(function, "trainable", trainable)
+
+
 def choose_trainable(
     params: Any, trainable: Predicate | None, *, none_is_fine: bool = False, leaves: Sequence[Any] | None = None
 ) -> list[bool]:
     """Say of each leaf whether it is trained; raises as `split_trainable` does. ``leaves`` are those, if they are known."""
+    check_choice("split_trainable", params, trainable)
     leaves = tree_leaves(params) if leaves is None else leaves
-    if isinstance(params, torch.nn.Module):
-        raise TypeError(f"split_trainable: params is a {type(params).__name__}, a module; make params of it with fstep.lift")
-    if trainable is not None:
-        check_callable("split_trainable", "trainable", trainable)
     able = [isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in leaves]
     if trainable is None:
         if not any(able) and not none_is_fine:

@@ -48,11 +48,6 @@ def schedule_for(function: str, schedule: ScheduleLike, ranks: int, microbatches
             f"{function}: schedule {schedule.name!r} is for {len(schedule.actions)} ranks and {schedule.microbatches} "
             f"microbatches, and there are {ranks} and {microbatches}; make it for these"
         )
-    if not forward and all(a.kind == "F" for row in schedule.actions for a in row):
-        raise ValueError(
-            f"{function}: schedule {schedule.name!r} has no backward pass, so that all gradients would be 0; pass the table "
-            "that forward_only() was made from, or call pp_forward"
-        )
     return schedule.forward_only() if forward else schedule
 
 

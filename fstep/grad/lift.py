@@ -41,7 +41,7 @@ def _skeleton(module: nn.Module) -> nn.Module:
                 f"lift: {name!r} has gradient checkpointing on, which computes with the module's own "
                 "parameters again; turn it off, and wrap the function in fstep.remat"
             )
-        if getattr(part, "max_norm", None) is not None:
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
             raise ValueError(
                 f"lift: {name!r} has max_norm, and rescales its weight in place whenever it is called; "
                 "set it to None, and rescale the params in the step"
@@ -75,8 +75,8 @@ def lift(module: nn.Module, *, copy: bool = True) -> tuple[dict[str, Tensor], Ca
     A parameter with ``requires_grad=False`` is in ``params`` like any other, since freezing is said to whoever takes
     gradients: ``trainable=lambda name: module.get_parameter(name).requires_grad``.
 
-    Raises ValueError if a key is needed and not given, if params are not the module's, and for a transformers model with
-    gradient checkpointing.
+    Raises ValueError if a key is needed and not given, if params are not the module's, for a transformers model with
+    gradient checkpointing, an embedding with ``max_norm``, and a module that keeps a parameter in a list or dict of its own.
 
     >>> import torch, fstep
     >>> module = torch.nn.Linear(2, 1, bias=False)

@@ -124,6 +124,11 @@ def _check(
             schedule_for(function, schedule, 1, 1, forward=True)
         return None
     table = schedule_for(function, schedule, axis.size, len(microbatches), forward=forward)
+    if not forward and all(a.kind == "F" for row in table.actions for a in row):
+        raise ValueError(
+            f"{function}: schedule {table.name!r} has no backward pass, so that all gradients would be 0; pass the table "
+            "that forward_only() was made from, or call pp_forward"
+        )
     if is_recording(params, list(microbatches)):
         raise ValueError(
             f"{function}: params or microbatches require grad, so an outer derivative is being taken over a pipeline of "

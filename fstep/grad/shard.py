@@ -202,11 +202,12 @@ def scatter_grads(grads: Any, params: Any) -> Any:
                 f"scatter_grads: a unit has the leaves {tree_paths(node.value)}, and grads has a {type(found).__name__} of "
                 "another structure there; pass gradients of gather_params(params), None for each frozen leaf"
             ) from error
-        for g, slot in zip(given, node.slots, strict=True):
+        for at, (g, slot) in enumerate(zip(given, node.slots, strict=True)):
             if g is not None and slot is not None and g.shape != slot.shape:
+                path = tree_paths(node.fill(range(len(given))))[at]
                 raise ValueError(
-                    f"scatter_grads: a gradient in the unit of {tree_paths(node.value)} has shape {tuple(g.shape)}, and its "
-                    f"parameter {slot.shape}; pass gradients of gather_params(params)"
+                    f"scatter_grads: the gradient of {path or 'a unit'!r} has shape {tuple(g.shape)}, and its parameter "
+                    f"{slot.shape}; pass gradients of gather_params(params)"
                 )
         like = [None if g is None else x for x, g in zip(node.leaves(), given, strict=True)]
         return replace(node, value=node.fill(_call(_Scatter, node, tuple(like), *given)))

@@ -72,11 +72,11 @@ def kl_loss(
         terms = d.square() / 2
     else:
         d = d if bound is None else d.clamp(-bound, bound)
-        if cap is not None:  # dropped before the exponential: 0 times the gradient of an infinite one is NaN
-            over_cap = (torch.expm1(-d) + d).detach() > cap
-            d = torch.where(over_cap, 0.0, d)
         terms = torch.expm1(-d) + d  # exp(-d) - 1 would keep no digit of a small one
-        terms = terms if cap is None else torch.where(over_cap, cap, terms)
+        if cap is not None:  # dropped before the exponential: 0 times the gradient of an infinite one is NaN
+            above = terms.detach() > cap
+            d = torch.where(above, 0, d)
+            terms = torch.where(above, cap, torch.expm1(-d) + d)
     if log_ratio is not None:
         _, _, (log_ratio,) = counted(function, weights, log_ratio=log_ratio)
         terms = terms * log_ratio.exp()

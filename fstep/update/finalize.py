@@ -146,8 +146,9 @@ def _leaves(grads: Any, mesh: Mesh) -> list[Tensor]:
         raise ValueError("finalize_grads: grads has no leaves; every parameter is frozen, or the tree is empty")
     for i, leaf in enumerate(leaves):
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided):
-            dense = isinstance(leaf, Tensor) and leaf.layout is torch.strided
-            kind = leaf.dtype if dense else type(leaf).__name__ if not isinstance(leaf, Tensor) else leaf.layout
+            kind: Any = type(leaf).__name__
+            if isinstance(leaf, Tensor):
+                kind = leaf.dtype if leaf.layout is torch.strided else leaf.layout
             raise TypeError(
                 f"finalize_grads: the gradient {tree_paths(grads)[i]!r} is {kind}; pass dense floating-point tensors or None"
             )

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fstep.grad.autodiff import Predicate, split_trainable
+from fstep.grad.autodiff import Predicate, check_choice, split_trainable
 from fstep.mesh.place import Place, places
 from fstep.state.donate import bury
 from fstep.state.state import TrainState
 from fstep.trace import is_recording
-from fstep.tree import check_callable, check_type, tree_leaves, tree_paths, tree_replace_leaves, tree_rows
+from fstep.tree import check_type, tree_leaves, tree_paths, tree_replace_leaves, tree_rows
 
 Decay = Callable[[str, Tensor], bool]
 Kernel = Callable[[list[list[Tensor]], list[Tensor], float, Tensor], None]
@@ -76,10 +76,7 @@ def select(function: str, params: Any, trainable: Predicate | None) -> Any:
 
     All may be frozen: a pipeline has such stages. Where there is but one, `value_and_grad` refuses to differentiate nothing.
     """
-    if isinstance(params, torch.nn.Module):
-        raise TypeError(f"{function}: params is a {type(params).__name__}, a module; make params of it with fstep.lift")
-    if trainable is not None:
-        check_callable(function, "trainable", trainable)
+    check_choice(function, params, trainable)
     paths, leaves = tree_paths(params), tree_leaves(params)
     require(bool(leaves), f"{function}: params has no leaves; pass a tree with at least one tensor")
     for path, leaf in zip(paths, leaves, strict=True):

@@ -224,3 +224,4 @@ def test_a_table_without_a_backward_pass_trains_nothing() -> None:
     with pytest.raises(ValueError, match=r"pp_forward_backward: schedule 'gpipe.*' has no backward pass"):
         fstep.pp_forward_backward(stage, loss, {"w": torch.ones(2)}, [torch.ones(2)], schedule=table)
     assert fstep.pp_forward(stage, lambda p, x, mb: x, {"w": torch.ones(2)}, [torch.ones(2)], schedule=table)
+    assert fstep.stage_ranks(fstep.zbv(2, 4).forward_only(), 2) == (0, 1, 1, 0)  # to cut params for evaluation

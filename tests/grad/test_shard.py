@@ -515,9 +515,7 @@ def test_gradients_of_another_shape_are_refused() -> None:
         return fstep.scatter_grads(grads, fstep.shard_params({"layers": {0: {"w": torch.ones(4, 2)}}}, mesh.dp))
 
     for shape in ((2, 4), (4, 3), (8,)):
-        with pytest.raises(
-            ValueError, match=r"scatter_grads: a gradient in the unit of \['w'\] has shape .*, and its parameter"
-        ):
+        with pytest.raises(ValueError, match=r"scatter_grads: the gradient of 'w' has shape .*, and its parameter"):
             fstep.simulate(lambda mesh, s=shape: f(mesh, {"layers": {0: {"w": torch.ones(s)}}}), dp=2)
     with pytest.raises(ValueError, match=r"scatter_grads: a unit has the leaves \['w'\], and grads has a NoneType"):
         fstep.simulate(lambda mesh: f(mesh, {"layers": {0: None}}), dp=2)

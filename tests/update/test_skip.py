@@ -218,7 +218,7 @@ def test_a_negative_weight_hides_nothing(recording: bool) -> None:
 def test_a_rank_that_holds_nothing_has_to_be_told(opt: Any) -> None:
     """ZeRO on two ranks, of which one has no element and sees no NaN: it skips as the other does, or says that it cannot."""
     if isinstance(opt, Muon):
-        return  # its matrices are not cut
+        pytest.skip("its matrices are not cut")
 
     def train(mesh: fstep.Mesh, told: bool) -> tuple[Any, ...]:
         zero = fstep.shard_params({"w": torch.ones(4)}, mesh.dp)
