@@ -536,7 +536,11 @@ def _tied_trees() -> dict[str, Any]:
     return {
         "fields": Part(e, dict(enumerate(w)), fstep.Tied("embed")),
         "list": [e, w, fstep.Tied("0")],
-        "units": {"io": {"e": e, "n": torch.ones(4).double()}, "layers": w, "head": {"w": fstep.Tied("io.e")}},
+        "units": {
+            "io": {"e": e, "n": torch.ones(4).double()},
+            "layers": w,
+            "head": {"w": fstep.Tied("io.e"), "n": torch.ones(4).double()},
+        },
     }
 
 
